@@ -1,0 +1,59 @@
+"""The waist between methods and strategies: which parameters move is said by `requires_grad` alone."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["cast_frozen", "evaluating", "freeze", "local", "num_bytes", "trainable"]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training may move, by name; tied ones once, under their first name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Let nothing of the model move any more."""
+    return model.requires_grad_(False)
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Keep what never moves in a smaller type; what moves stays at master precision."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: the shard of a DTensor, else the tensor itself.
+
+    Elementwise work (a quadratic penalty, an optimizer's step) is exact on shards and needs no communication.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode (no dropout), with every module's mode and the random state restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        torch.set_rng_state(state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
