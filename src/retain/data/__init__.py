@@ -1,0 +1,1 @@
+"""From a file of rows to batches of token ids: readers, formats, tasks, rendering, packing, and their check."""
