@@ -1,0 +1,129 @@
+"""What every causal language model does alike: losses, likelihoods and answers from left to right."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
+from retain.models.family import Outputs, Tokenizer
+from retain.models.head import run_to_head
+from retain.types import Batch
+
+__all__ = ["causal_loss", "generate_causal", "likelihoods", "stop_ids", "within_budget"]
+
+
+def causal_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    """Nats, weighted and summed over the batch's counted targets."""
+    return chunked_cross_entropy(
+        outputs.hidden, batch.targets[batch.counted], outputs.head, weights=batch.weights, weight=outputs.weight
+    )
+
+
+def within_budget(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of like length, so that a group padded to its longest holds at most `max_tokens`."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if group and lengths[group[0]] * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids and their mask, (rows, longest) each."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def likelihoods(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], *, pad_id: int, max_tokens: int = 4096
+) -> list[float]:
+    """log p(continuation | context) in nats, one row a pair.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        pairs: token ids of context (at least one) and continuation (at least one).
+        pad_id: fills the rows on the right, where nothing before them can see it.
+        max_tokens: padded tokens of one pass.
+    """
+    device = next(model.parameters()).device
+    result = [0.0] * len(pairs)
+    for group in within_budget([len(context) + len(rest) for context, rest in pairs], max_tokens):
+        rows = [pairs[i][0] + pairs[i][1] for i in group]
+        ids, mask = padded(rows, pad_id, device)
+        counted = torch.zeros_like(ids, dtype=torch.bool)
+        owner = torch.full_like(ids, -1)
+        for row, i in enumerate(group):
+            start, end = len(pairs[i][0]) - 1, len(rows[row]) - 1
+            counted[row, start:end] = True
+            owner[row, start:end] = row
+        outputs = run_to_head(model, {"input_ids": ids, "attention_mask": mask}, counted)
+        targets = torch.roll(ids, -1, dims=1)[counted]
+        nats = target_nats(outputs.hidden, targets, outputs.head)
+        sums = torch.zeros(len(group), dtype=torch.float64, device=device).index_add_(0, owner[counted], nats.double())
+        for row, i in enumerate(group):
+            result[i] = -float(sums[row])
+    return result
+
+
+def stop_ids(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer: the model's own generation settings, else the tokenizer's end of sequence."""
+    stop = model.generation_config.eos_token_id
+    if stop is None:
+        stop = tokenizer.eos_token_id
+    return [stop] if isinstance(stop, int) else list(stop or [])
+
+
+@torch.no_grad()
+def generate_causal(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_tokens: int = 8192,
+) -> list[str]:
+    """Continue every prompt until a stop token; greedy at temperature 0, else sampled from `seed` alone.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids, at least one each.
+        max_new_tokens: tokens that an answer may have.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this much probability.
+        max_tokens: padded tokens, new ones counted, of one pass.
+    """
+    device = next(model.parameters()).device
+    stops = stop_ids(model, tokenizer)
+    pad_id = stops[0] if stops else 0
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id,
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+    )
+    answers = [""] * len(prompts)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for group in within_budget([len(prompt) + max_new_tokens for prompt in prompts], max_tokens):
+            ids, mask = padded([prompts[i] for i in group], pad_id, device, left=True)
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for i, row in zip(group, made[:, ids.shape[1] :].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in stops), len(row))
+                answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
+    return answers

@@ -1,0 +1,91 @@
+"""What a network generation must answer, so that one loop trains them all."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from retain.data.rendering import Renderer
+from retain.types import Batch, Encoded, Example, Task
+
+__all__ = ["Family", "Outputs", "Tokenizer"]
+
+Tokenizer = Any
+"""A `transformers` tokenizer (they share no typed base that pyright can see through)."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One forward pass, stopped before the output head.
+
+    Args:
+        hidden: (num_targets, width), the head's input at the counted targets only, in row-major order.
+        head: (n, width) -> (n, vocabulary), the head with all that the model does to its logits (soft caps, scales).
+        weight: (vocabulary, width), the head's weight where the head is nothing but a matrix product, else None.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """(num_targets, vocabulary), of the same pass; made only when asked."""
+        return self.head(self.hidden)
+
+
+class Family(Protocol):
+    """One network generation, bound to nothing: models and tokenizers are passed in."""
+
+    name: ClassVar[str]
+    isolates_documents: ClassVar[bool]  # may documents be packed into one row without seeing one another?
+    needs_gradients: ClassVar[bool]  # False: `fit` learns by counting, instead of the loop
+
+    def load(self, folder: Path, **options: Any) -> tuple[nn.Module, Tokenizer]:
+        """The model (float32, in evaluation mode) and its tokenizer from a folder that `models.hub` resolved."""
+        ...
+
+    def prepare(self, model: nn.Module, tokenizer: Tokenizer, task: Task) -> nn.Module:
+        """Grow what a new task needs: a head for new classes, rows for new tokens."""
+        ...
+
+    def encode(self, example: Example, renderer: Renderer) -> Encoded:
+        """Ids and targets of one example, from the one renderer."""
+        ...
+
+    def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
+        """One micro-batch: one row without padding where packed, else padded rows."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """One pass through the outermost module, the output head intercepted."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Nats, weighted and summed over the counted targets; in chunks, the head at targets only."""
+        ...
+
+    def loglikelihood(
+        self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> list[float]:
+        """Log p(continuation | context) in nats, of token ids, for every pair; shared contexts are read once."""
+        ...
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """The continuation of every prompt, greedy at temperature 0; without the stop token."""
+        ...
+
+    def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
+        """Learn by counting; only of families that have no gradients."""
+        ...
