@@ -1,0 +1,70 @@
+"""Full fine-tuning: every weight moves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from retain.errors import CompatibilityError
+from retain.models.family import Family
+
+__all__ = ["Full"]
+
+
+@dataclass(frozen=True)
+class Full:
+    """Train every parameter of the model."""
+
+    name: ClassVar[str] = "full"
+    packs: ClassVar[bool] = True
+    can_detach: ClassVar[bool] = False
+
+    def supports(self, family: Family) -> str | None:
+        """Every family that learns by gradients."""
+        return None if family.needs_gradients else f"family {family.name!r} is fitted by counting: it has no weights to tune"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The model itself, all of it trainable."""
+        return model.requires_grad_(True)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """A plain `transformers` folder: config and safetensors."""
+        model.save_pretrained(folder)
+
+    def load(self, model: nn.Module, folder: Path) -> nn.Module:
+        """Put the saved weights into a model of the same shape."""
+        load_model(model, folder / "model.safetensors", strict=False)
+        model.tie_weights()
+        return self.apply(model)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The model itself: there is nothing to merge."""
+        return model
+
+    @contextmanager
+    def detached(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Refused: the base's weights are overwritten.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise CompatibilityError(
+            "full fine-tuning overwrites the base model, so it cannot be detached",
+            hint="use `method: lora`, or load the base model a second time",
+        )
+        yield model
+
+    def weight_changes(self, model: nn.Module) -> dict[str, Tensor]:
+        """Refused: the base's weights are overwritten.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise CompatibilityError(
+            "full fine-tuning keeps no base weights to compare with",
+            hint="load the base model a second time and subtract",
+        )

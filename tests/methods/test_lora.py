@@ -1,0 +1,86 @@
+"""LoRA: identity at the start, equal logits after a reload and a merge, nothing left on when detached."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from retain.errors import CompatibilityError, ConfigError
+from retain.methods.lora import LoRA
+from retain.models.decoder import DecoderFamily
+from retain.models.recurrent import RecurrentFamily
+from retain.parameters import trainable
+
+IDS = torch.arange(5, 15)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def tuned(build_llama: Callable[..., torch.nn.Module], **options: object) -> torch.nn.Module:
+    model = LoRA(r=4, **options).apply(build_llama())
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def test_starts_as_the_base_and_trains_its_own_parameters_only(build_llama: Callable[..., torch.nn.Module]) -> None:
+    base = build_llama()
+    before = logits(base)
+    model = LoRA(r=4).apply(base)
+    assert torch.equal(logits(model), before)
+    assert trainable(model)
+    assert all("lora_" in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_save_load_merge_and_detach(
+    build_llama: Callable[..., torch.nn.Module], tmp_path: Path, options: dict[str, bool]
+) -> None:
+    method = LoRA(r=4, **options)
+    model = tuned(build_llama, **options)
+    changed = logits(model)
+    assert (changed - logits(build_llama())).abs().max() > 1e-3
+    with method.detached(model) as base:
+        assert torch.equal(logits(base), logits(build_llama()))
+    assert torch.equal(logits(model), changed)
+    method.save(model, tmp_path)
+    again = method.load(build_llama(), tmp_path)
+    assert torch.equal(logits(again.eval()), changed)
+    assert trainable(again).keys() == trainable(model).keys()
+    torch.testing.assert_close(logits(method.merge(model)), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_changes_are_what_a_merge_adds(build_llama: Callable[..., torch.nn.Module]) -> None:
+    model = tuned(build_llama)
+    changes = LoRA(r=4).weight_changes(model)
+    merged = dict(LoRA().merge(model).named_parameters())
+    base = dict(build_llama().named_parameters())
+    assert len(changes) == 14  # seven linear layers in each of two blocks
+    for name, change in changes.items():
+        torch.testing.assert_close(merged[name] - base[name], change, rtol=1e-4, atol=1e-6)
+
+
+def test_a_target_that_is_not_there_is_refused_with_what_is(llama: torch.nn.Module) -> None:
+    with pytest.raises(ConfigError, match="q_proj"):
+        LoRA(target_modules=("query",)).apply(llama)
+
+
+def test_bad_values() -> None:
+    with pytest.raises(ValueError, match="r: expected"):
+        LoRA(r=0)
+    with pytest.raises(ValueError, match="dropout"):
+        LoRA(dropout=1.0)
+
+
+def test_detaching_a_bare_model_is_refused(llama: torch.nn.Module) -> None:
+    with pytest.raises(CompatibilityError), LoRA().detached(llama):
+        pass
+
+
+def test_supports() -> None:
+    assert LoRA().supports(DecoderFamily()) is None
+    assert "not linear" in (LoRA().supports(RecurrentFamily()) or "")
