@@ -1,0 +1,145 @@
+"""What protects old abilities: the places where a continual-learning method may touch learning, and their sum.
+
+One optimizer step calls the places in this order; `trainer.train_task` is the only caller in this package, and
+`retain.strategies` needs nothing but torch, so any other loop can call them the same way.
+
+    loss_term        each micro-batch, before backward
+    edit_gradients   the data loss's gradients, complete and unclipped
+    add_penalty      once a step, adds its own gradient in place
+    after_step       after the optimizer moved the weights
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from retain.types import Batch, Example
+
+__all__ = ["ModelOutputs", "State", "Strategy", "TaskMethod", "TaskView"]
+
+State = dict[str, Any]
+"""A strategy's memory: tensors, lists of `Example`, and what JSON can hold, by name."""
+
+
+class ModelOutputs(Protocol):
+    """What a strategy may know of a forward pass (`models.family.Outputs` in this package)."""
+
+    def logits(self) -> Tensor:
+        """(num_targets, vocabulary), in the order of the batch's counted targets."""
+        ...
+
+
+class TaskMethod(Protocol):
+    """The structural operations of the tuning method, as far as strategies use them."""
+
+    def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The base model's own behaviour while inside."""
+        ...
+
+
+class TaskView(Protocol):
+    """All that a strategy is given of a task; never the trainer."""
+
+    @property
+    def name(self) -> str:
+        """The task's name; `base` for stage 0."""
+        ...
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The task's own rows."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        ...
+
+    @property
+    def method(self) -> TaskMethod:
+        """The tuning method."""
+        ...
+
+    def num_tokens(self, example: Example) -> int:
+        """Tokens of the example as the model sees it."""
+        ...
+
+    def batches(self, examples: Sequence[Example], *, max_tokens: int | None = None) -> Iterator[Batch]:
+        """This process's share of the examples, in order, as micro-batches on the model's device."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> ModelOutputs:
+        """One pass."""
+        ...
+
+    def loss(self, outputs: ModelOutputs, batch: Batch) -> Tensor:
+        """Nats, weighted and summed over counted targets."""
+        ...
+
+    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+        """What the model answers to each example's prompt, or how it continues its text, sampled with the run's seed."""
+        ...
+
+
+class Strategy:
+    """Plain sequential fine-tuning; override only the places that your paper touches.
+
+    A strategy is a dataclass: its fields are its configuration. Its memory is kept outside the fields and comes and
+    goes through `state_dict` and `restore`.
+    """
+
+    name: ClassVar[str] = ""
+    needs_gradients: ClassVar[bool] = True
+    """False where the strategy acts on data alone, so that families that learn by counting can use it."""
+    needs_task_name: ClassVar[bool] = False
+    """Must the task be named when answering? The report says so."""
+    reference: ClassVar[str] = ""
+    """The paper."""
+    watches_gradients: ClassVar[bool] = False
+    """`edit_gradients` only looks (SI). In a `Chain` those that watch come before those that change."""
+    moves_weights: ClassVar[bool] = False
+    """`after_step` moves weights (projection, proximal steps). In a `Chain` those come before those that watch."""
+
+    @property
+    def steps_factor(self) -> float:
+        """How many tasks' worth of optimizer steps the next task's mixture stands for."""
+        return 1.0
+
+    def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
+        """Change the architecture or the starting point; the optimizer is made afterwards."""
+        return model
+
+    def mix_examples(self, task: TaskView, epoch: int) -> Sequence[Example]:
+        """The rows of an epoch, before batching; the same call gives the same rows."""
+        return task.examples
+
+    def loss_term(self, model: nn.Module, batch: Batch, outputs: ModelOutputs) -> Tensor | None:
+        """A term of the micro-batch's loss: nats, summed over its counted targets."""
+        return None
+
+    def edit_gradients(self, model: nn.Module) -> None:
+        """Watch or change the data loss's gradients: complete, unclipped, without any penalty's."""
+
+    def add_penalty(self, model: nn.Module) -> Tensor | None:
+        """Add the penalty's gradient to `.grad` in place and return the penalty's value, a scalar without graph."""
+        return None
+
+    def after_step(self, model: nn.Module, learning_rate: float) -> None:
+        """Look at, or correct, what the optimizer moved."""
+
+    def after_task(self, model: nn.Module, task: TaskView) -> None:
+        """Consolidate: Fisher, memory, teacher. Called for the base model first, as the task `base`."""
+
+    def select(self, model: nn.Module, task_name: str) -> nn.Module:
+        """The model that answers for a task."""
+        return model
+
+    def state_dict(self) -> State:
+        """All of the memory; what `restore` needs to go on bit for bit, also in the middle of a task."""
+        return {}
+
+    def restore(self, model: nn.Module, state: State) -> nn.Module:
+        """Take the memory back, rebuilding what `before_task` built."""
+        return model
