@@ -15,7 +15,7 @@ Tokenizer = Any  # a `transformers` tokenizer; they share no base that a type ch
 _MARK, _FIRST = "\U0010fffd", 0x100000
 """An escaped token is `_MARK` and a character of private plane 16, counted from `_FIRST`; so is `_MARK` itself."""
 
-_PAIR = re.compile(f"{_MARK}(.)", flags=re.DOTALL)
+_PAIR = re.compile(f"{_MARK}.", flags=re.DOTALL)
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[str]:
@@ -45,18 +45,19 @@ class Controls:
         self._tokenizer = tokenizer
         self._live = live
         longest_first = sorted(tokens, key=lambda text: (-len(text), text))
-        self._spelled = [_MARK, *longest_first]
-        self._index = {text: index for index, text in enumerate(self._spelled)}
-        self._escaped = re.compile("|".join(map(re.escape, self._spelled)))
+        spelled = [_MARK, *longest_first]
+        self._pairs = {text: _MARK + chr(_FIRST + index) for index, text in enumerate(spelled)}
+        self._spelled = {pair: text for text, pair in self._pairs.items()}
+        self._escaped = re.compile("|".join(map(re.escape, spelled)))
         self._written = re.compile("|".join(map(re.escape, longest_first)))
 
     def escape(self, content: str) -> str:
         """A content that can go through a template."""
-        return content if self._live else self._escaped.sub(self._to_pair, content)
+        return content if self._live else self._escaped.sub(lambda match: self._pairs[match[0]], content)
 
     def restore(self, text: str) -> str:
         """Rendered text with its contents as they were."""
-        return text if self._live else _PAIR.sub(lambda pair: self._spelled[ord(pair[1]) - _FIRST], text)
+        return text if self._live else _PAIR.sub(lambda pair: self._spelled.get(pair[0], pair[0]), text)
 
     def find(self, text: str, start: int = 0) -> re.Match[str] | None:
         """The first control token from `start` on that is not an escaped one."""
@@ -65,7 +66,7 @@ class Controls:
     def ids(self, text: str) -> list[int]:
         """The ids of rendered text, escaped control tokens as text."""
         if self._live or _MARK not in text:
-            return self._tokenize(text)
+            return self.raw_ids(text)
         ids: list[int] = []
         start = 0
         for control in self._written.finditer(text):
@@ -74,19 +75,17 @@ class Controls:
             start = control.end()
         return ids + self._plain_ids(text[start:])
 
+    def raw_ids(self, text: str, **options: bool) -> list[int]:
+        """The ids of text that went through no template; all control tokens in it count."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
     def _plain_ids(self, text: str) -> list[int]:
         """The ids of text in which no control token counts: each is cut after its first character."""
         cuts = [0]
         restored = ""
-        for piece in re.split(f"({_MARK}.)", text, flags=re.DOTALL):
+        for piece in re.split(f"({_PAIR.pattern})", text, flags=re.DOTALL):
             if piece.startswith(_MARK):
                 cuts.append(len(restored) + 1)
             restored += self.restore(piece)
         pieces = [restored[a:b] for a, b in zip(cuts, [*cuts[1:], len(restored)], strict=True)]
-        return [token for piece in pieces for token in self._tokenize(piece, split_special_tokens=True)]
-
-    def _tokenize(self, text: str, **options: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
-
-    def _to_pair(self, match: re.Match[str]) -> str:
-        return _MARK + chr(_FIRST + self._index[match.group()])
+        return [token for piece in pieces for token in self.raw_ids(piece, split_special_tokens=True)]

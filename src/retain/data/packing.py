@@ -161,7 +161,7 @@ def fit_length(
         threshold: the share of rows, 0 to 1, that `error` lets pass.
 
     Raises:
-        DataError: too many rows are too long; `split` on conversations; or nothing is left to train on.
+        DataError: too many rows are too long, or `split` meets a conversation.
     """
     if on_overflow not in get_args(Overflow):
         raise DataError(f"on_overflow: {on_overflow!r} is none of {', '.join(get_args(Overflow))}")
@@ -192,12 +192,6 @@ def fit_length(
         untrained=len(fitted) - len(kept),
         tokens_cut=sum(row.num_truncated for row in fitted),
     )
-    if rows and not kept:
-        raise DataError(
-            f"none of the {len(rows)} rows has a token to train on within max_length={max_length}",
-            problems=[f"{counts.dropped} dropped, {counts.truncated} truncated, {counts.untrained} without a target"],
-            hint="raise max_length; `retain data check` shows which tokens are trained",
-        )
     return kept, counts
 
 

@@ -110,7 +110,7 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of raw text: BOS where the model begins with one, and no EOS."""
-        ids = self._controls.ids(text)
+        ids = self._controls.raw_ids(text)
         return ids if ids[: len(self._bos_ids)] == self._bos_ids else self._bos_ids + ids
 
     def encode(self, example: Example) -> tuple[list[int], list[float]]:
@@ -225,8 +225,8 @@ class Renderer:
             opened = prompt[_num_common(full, prompt) :]
             return content.removeprefix(opened) + self._tail
         rest = full[len(prompt) :]
-        after, end = self._turn_end(rest, 0, content)
-        return rest[:end] if end > after else rest[:after] + self.tokenizer.eos_token
+        end = rest.rfind(self._tail)
+        return rest[: end + len(self._tail)] if end >= 0 else rest + self.tokenizer.eos_token
 
     def _spans(self, history: Sequence[Message], prompt: str) -> list[tuple[int, int, float]]:
         """(start, end, weight) in the rendered prompt of every earlier assistant turn that is trained."""
@@ -243,17 +243,23 @@ class Renderer:
                 start = _num_common(prompt, opening)
                 start = min(start, found) if found >= 0 else start
             start = max(start, spans[-1][1] if spans else 0)
-            _, end = self._turn_end(prompt, start, content)
+            end = self._turn_end(prompt, start, content)
             if end > start:
                 spans.append((start, end, message.weight))
         return spans
 
-    def _turn_end(self, text: str, start: int, content: str) -> tuple[int, int]:
-        """Where the turn's content ends, and where the stop token after it does; the same where there is none."""
-        found = text.find(content.strip(), start)
-        after = found + len(content.strip()) if found >= 0 else start
-        stop = self._controls.find(text, after)
-        return after, stop.end() if stop else after
+    def _turn_end(self, text: str, start: int, content: str) -> int:
+        """Where the stop token of the turn ends; `start` where it has none."""
+        content = content.strip()
+        found = text.find(content, start)
+        while found >= 0:  # a short content may also occur in what opens the turn: a stop token must follow it
+            after = found + len(content)
+            stop = self._controls.find(text, after)
+            if stop and not text[after : stop.start()].strip():
+                return stop.end()
+            found = text.find(content, found + 1)
+        stop = self._controls.find(text, start)  # the template rewrote the content
+        return stop.end() if stop else start
 
     def _positions(self, text: str, ids: list[int], ends: list[int]) -> list[int]:
         """The token at which each of the ascending places in the text falls."""
