@@ -1,1 +1,11 @@
-"""Network generations."""
+"""Network generations: what text becomes, what the loss is, and how each answers."""
+
+from retain.models.decoder import DecoderFamily
+from retain.models.family import Family
+
+__all__ = ["FAMILIES", "Family"]
+
+FAMILIES: dict[str, type[Family]] = {
+    "decoder": DecoderFamily,
+}
+"""Every family by its name in a recipe."""

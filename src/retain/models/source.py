@@ -1,0 +1,91 @@
+"""From what a recipe says of a model to its family, its identity and, when it is time, its weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from retain.errors import ModelError
+from retain.models import FAMILIES
+from retain.models.family import Family, Tokenizer
+from retain.models.hub import fingerprint, resolve
+from retain.models.decoder import DecoderFamily as RecurrentFamily  # TEMP
+from transformers import GPT2Config as RecurrentConfig  # TEMP
+from retain.types import Example
+
+__all__ = ["Source", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be loaded.
+
+    Args:
+        family: what network it is.
+        name: as the recipe names it.
+        folder: where its weights are; None where it starts from nothing, on the first data that it is given.
+        revision: the hub's commit or the conversion's checksum.
+        notes: what a reader of its scores must know.
+        trust_remote_code: may its own Python code be run?
+    """
+
+    family: Family
+    name: str
+    folder: Path | None
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    @property
+    def hash(self) -> str:
+        """Of config and weights; empty where there are none yet."""
+        return fingerprint(self.folder) if self.folder else ""
+
+    def load(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
+        """The model in float32 and its tokenizer.
+
+        Args:
+            examples: rows to make a tokenizer from, where the model starts from nothing.
+            seed: of its first weights then.
+        """
+        if self.folder is not None:
+            options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+            return self.family.load(self.folder, **options)
+        assert isinstance(self.family, RecurrentFamily)
+        return self.family.create(examples, seed=seed)
+
+
+def open_source(
+    name: str, family: Family | None = None, *, folder: Path | None = None, trust_remote_code: bool = False
+) -> Source:
+    """Find a model without loading it.
+
+    Args:
+        name: as `models.hub.resolve` takes it; empty where the family starts from nothing.
+        family: what network it is; None finds out.
+        folder: where a model that started from nothing was kept.
+
+    Raises:
+        ModelError: if it is not found, or its network is none that is known.
+    """
+    if not name:
+        if not isinstance(family, RecurrentFamily):
+            raise ModelError(
+                "model: no name is given, and only recurrent models start from nothing",
+                hint="`model: smollm2-135m`, or `model: {family: recurrent, cell: lstm}`",
+            )
+        return Source(family, family.cell, folder)
+    resolved = resolve(name, trust_remote_code=trust_remote_code)
+    config = json.loads((resolved.folder / "config.json").read_text(encoding="utf-8"))
+    found = RecurrentFamily if config.get("model_type") == RecurrentConfig.model_type else FAMILIES["decoder"]
+    architectures = config.get("architectures") or []
+    if family is None and found is not RecurrentFamily and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+        raise ModelError(
+            f"model {name!r} is no causal language model: its architecture is {', '.join(architectures) or 'not said'}",
+            problems=[f"families: {', '.join(FAMILIES)}"],
+            hint="name the family in the recipe if you know better: `model: {name: ..., family: decoder}`",
+        )
+    return Source(family or found(), name, resolved.folder, resolved.revision, resolved.notes, trust_remote_code)
