@@ -99,8 +99,12 @@ class Strategy:
     """The paper."""
     watches_gradients: ClassVar[bool] = False
     """`edit_gradients` only looks (SI). In a `Chain` those that watch come before those that change."""
+    remembers: ClassVar[bool] = True
+    """Does `after_task` keep anything? Where it does not, nothing is written for stage 0."""
     moves_weights: ClassVar[bool] = False
     """`after_step` moves weights (projection, proximal steps). In a `Chain` those come before those that watch."""
+    stands_alone: ClassVar[bool] = False
+    """It replaces the training that others protect, so a `Chain` refuses it."""
 
     @property
     def steps_factor(self) -> float:

@@ -1,0 +1,190 @@
+"""Elastic weight consolidation: pull each weight toward its old value, in proportion to its importance.
+
+    penalty(theta) = strength / 2 * sum_k sum_i F_ki (theta_i - anchor_ki)^2
+
+    F_ki = sum over examples of (d nll(example) / d theta_i)^2  /  targets of these examples
+
+One k for each old task (`mode="separate"`, Kirkpatrick et al. 2017, eq. 3) or a single one with the latest weights as its
+anchor (`mode="online"`, Schwarz et al. 2018, section 3): F <- decay * F + F_new, and decay * F in the penalty.
+
+Source: https://arxiv.org/abs/1612.00796 and https://arxiv.org/abs/1805.06370; estimators as named by van de Ven 2025,
+https://arxiv.org/abs/2502.11756.
+Differs: F is a mean over targets, as the loss is, and not over examples; see `EWC.strength`.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retain import distributed
+from retain.kernels.fisher import Kind, add_fisher
+from retain.kernels.per_example import zero_sums
+from retain.parameters import evaluating, local, trainable
+from retain.strategies.strategy import State, Strategy, TaskView
+
+__all__ = ["EWC", "diagonal_fisher"]
+
+TOKENS_PER_PASS = 1024
+"""Tokens of a Fisher pass: its logits exist whole, so it must be smaller than a training pass."""
+
+ELEMENTS_PER_BLOCK = 2**18
+"""Weights that the penalty works on at once on a CPU: few enough for the differences to stay in the cache."""
+
+
+@dataclass
+class EWC(Strategy):
+    """Protect the weights that old tasks (and the base model) depend on.
+
+    Args:
+        strength: lambda, at least 0. Both the loss and F are nats a target, so F / 2 times a squared change estimates the
+            nats a target that an old task loses by it, and at 1 such a nat weighs as much as one of the new task's. That
+            makes a value mean the same for models of other sizes, batches, sequence lengths and loss scales. The estimate
+            is low where weights move together, as F knows no pairs of them.
+        fisher: `sampled` draws each target from the model's own distribution; `exact` takes all of them (small heads
+            only); `empirical` takes the true targets.
+        num_samples: examples of a task that F is estimated from, above 0.
+        decay: gamma of online EWC, in (0, 1]: what an older task's importance is multiplied by at each new one.
+        mode: `online` keeps one F and one anchor however many tasks come; `separate` keeps both for each.
+
+    The Fisher is that of a sequence: the square of the sum over its tokens. It is accumulated in float32 and kept in bfloat16;
+    anchors keep the weights' own precision. Memory: 6 bytes a trained float32 weight, for each k.
+    """
+
+    name: ClassVar[str] = "ewc"
+    reference: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
+
+    strength: float = 1.0
+    fisher: Kind = "sampled"
+    num_samples: int = 200
+    decay: float = 1.0
+    mode: Literal["online", "separate"] = "online"
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ValueError(f"strength: expected a number of at least 0, got {self.strength}")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples: expected a whole number above 0, got {self.num_samples}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
+        if self.mode == "separate" and self.decay != 1:
+            raise ValueError('decay: has no effect with mode "separate"; leave it out, or use mode "online"')
+        self.tasks: list[str] = []
+        self.importance: list[dict[str, Tensor]] = []  # F, for each k by name
+        self.anchors: list[dict[str, Tensor]] = []  # the weights that F was measured at
+
+    @torch.no_grad()
+    def add_penalty(self, model: nn.Module) -> Tensor | None:
+        """Add strength * F * (theta - anchor) to the gradients; elementwise, so each process does its own shard."""
+        if not self.strength or not self.importance:
+            return None
+        scale = self.strength * self.decay
+        parameters = trainable(model)
+        values: list[Tensor] = []
+        for fishers, anchors in zip(self.importance, self.anchors, strict=True):
+            for name in fishers.keys() & parameters.keys():
+                parameter = parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                values.append(
+                    add_quadratic(
+                        local(parameter), local(parameter.grad), local(fishers[name]), local(anchors[name]), scale=scale
+                    )
+                )
+        if not values:
+            return None
+        value = torch.stack(values).sum()
+        if any(local(parameter) is not parameter for parameter in parameters.values()):
+            distributed.sum_tensors([value])
+        return value
+
+    def after_task(self, model: nn.Module, task: TaskView) -> None:
+        """Estimate the Fisher at the weights as they are, and anchor them."""
+        fisher = diagonal_fisher(model, task, kind=self.fisher, num_samples=self.num_samples)
+        anchors = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+        if self.mode == "online" and self.importance:
+            anchors = self.anchors[0] | anchors
+            for name, old in self.importance[0].items():
+                fisher[name] = grown(old.float() * self.decay, fisher[name]) + fisher[name] if name in fisher else old
+        kept = {name: value.to(torch.bfloat16) for name, value in fisher.items()}
+        self.tasks.append(task.name)
+        if self.mode == "online":
+            self.importance, self.anchors = [kept], [anchors]
+        else:
+            self.importance.append(kept)
+            self.anchors.append(anchors)
+
+    def state_dict(self) -> State:
+        """Fisher and anchors."""
+        state: State = {"tasks": list(self.tasks), "num": len(self.importance)}
+        for k, (fishers, anchors) in enumerate(zip(self.importance, self.anchors, strict=True)):
+            state |= {f"fisher/{k}/{name}": value for name, value in fishers.items()}
+            state |= {f"anchor/{k}/{name}": value for name, value in anchors.items()}
+        return state
+
+    def restore(self, model: nn.Module, state: State) -> nn.Module:
+        """Take them back, each to its parameter's device."""
+        devices = {name: parameter.device for name, parameter in model.named_parameters()}
+
+        def taken(prefix: str) -> dict[str, Tensor]:
+            found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            return {name: value.to(devices.get(name, value.device)) for name, value in found.items()}
+
+        self.tasks = list(state["tasks"])
+        self.importance = [taken(f"fisher/{k}/") for k in range(state["num"])]
+        self.anchors = [taken(f"anchor/{k}/") for k in range(state["num"])]
+        return model
+
+
+def add_quadratic(parameter: Tensor, gradient: Tensor, fisher: Tensor, anchor: Tensor, *, scale: float) -> Tensor:
+    """Add scale * F * (theta - anchor) to the gradient, in place, and return scale / 2 * sum F (theta - anchor)^2.
+
+    Rows that the parameter has grown since have no importance.
+    """
+    tensors = [tensor if tensor.dim() else tensor[None] for tensor in (parameter, gradient, anchor, fisher)]
+    rows = len(tensors[2])
+    step = rows if parameter.is_cuda else max(1, ELEMENTS_PER_BLOCK * rows // max(anchor.numel(), 1))
+    value = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
+    for weights, gradients, anchors, fishers in zip(*(t[:rows].split(step) for t in tensors), strict=True):
+        difference = weights - anchors
+        pull = difference * fishers
+        gradients.add_(pull, alpha=scale)
+        value += torch.dot(pull.flatten(), difference.flatten())
+    return value * (scale / 2)
+
+
+def grown(value: Tensor, target: Tensor) -> Tensor:
+    """The value with rows of zeros for those that the target has more."""
+    return F.pad(value, (*(0 for _ in range(2 * (value.dim() - 1))), 0, len(target) - len(value))) if value.dim() else value
+
+
+def diagonal_fisher(
+    model: nn.Module, task: TaskView, *, kind: Kind = "sampled", num_samples: int = 200
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information of a task, per target, in evaluation mode.
+
+    Args:
+        model: at the weights that the task ended with.
+        task: gives rows, passes and the seed; every process takes its share of the rows.
+        kind: how the expectation over targets is taken; see `kernels.fisher`.
+        num_samples: rows, drawn without replacement from the seed; all of them if there are fewer.
+
+    Returns:
+        by parameter name, in float32 at least.
+    """
+    generator = random.Random(f"{task.seed}/{task.name}")
+    examples = generator.sample(task.examples, min(num_samples, len(task.examples)))
+    sums = zero_sums(model)
+    targets = 0
+    with evaluating(model):
+        for batch in task.batches(examples, max_tokens=TOKENS_PER_PASS):
+            add_fisher(
+                model, batch, lambda part: task.forward(model, part).logits(), kind=kind, seed=task.seed, into=sums
+            )
+            targets += int(batch.counted.sum())
+    distributed.sum_tensors(list(sums.values()))
+    count = max(distributed.sum_number(targets), 1.0)
+    return {name: value / count for name, value in sums.items()}

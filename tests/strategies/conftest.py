@@ -1,0 +1,109 @@
+"""A task of toys: what a strategy is given, without families, tokenizers or methods."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retain.strategies.strategy import ModelOutputs
+from retain.types import IGNORED, Batch, Example
+
+
+@dataclass(frozen=True)
+class ToyOutputs:
+    """A pass's logits at the counted targets."""
+
+    at_targets: Tensor
+
+    def logits(self) -> Tensor:
+        return self.at_targets
+
+
+class NoMethod:
+    """Everything moves, and the base cannot be had back."""
+
+    def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return nullcontext(model)
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """A `TaskView` over rows that are given as tensors.
+
+    Args:
+        name, examples, seed: as in `TaskView`.
+        inputs: (length, width) of each example, by id.
+        targets: (length,) of each example, by id.
+        batch_size: rows of a batch.
+        tokens: what `num_tokens` says of an example, by id; its length otherwise.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    batch_size: int = 32
+    tokens: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    method: Any = field(default_factory=NoMethod)
+
+    def num_tokens(self, example: Example) -> int:
+        return self.tokens.get(example.id, 0) or len(self.targets[example.id])
+
+    def batches(self, examples: Sequence[Example], *, max_tokens: int | None = None) -> Iterator[Batch]:
+        for at in range(0, len(examples), self.batch_size):
+            rows = list(examples)[at : at + self.batch_size]
+            length = max(len(self.targets[row.id]) for row in rows)
+            width = next(iter(self.inputs.values())).shape[-1]
+            x = torch.zeros(len(rows), length, width, dtype=torch.float64)
+            targets, owners = torch.full((len(rows), length), IGNORED), torch.full((len(rows), length), -1)
+            for index, row in enumerate(rows):
+                size = len(self.targets[row.id])
+                x[index, :size], targets[index, :size] = self.inputs[row.id], self.targets[row.id]
+                owners[index, :size] = index
+            weights = torch.ones(int((targets != IGNORED).sum()), dtype=torch.float64)
+            for index, row in enumerate(rows):
+                weights[owners[targets != IGNORED] == index] = row.weight
+            yield Batch({"x": x}, targets, owners, weights, tuple(rows))
+
+    def forward(self, model: nn.Module, batch: Batch) -> ToyOutputs:
+        return ToyOutputs(model(batch.inputs["x"])[batch.counted])
+
+    def loss(self, outputs: ModelOutputs, batch: Batch) -> Tensor:
+        nats = F.cross_entropy(outputs.logits(), batch.targets[batch.counted], reduction="none")
+        return (nats * batch.weights).sum()
+
+    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+        raise NotImplementedError
+
+
+def make_toy_task(
+    name: str = "toy", *, num: int = 40, width: int = 3, classes: int = 4, length: int = 1, data_seed: int = 0, **options: Any
+) -> ToyTask:
+    """Random features with random labels."""
+    generator = torch.Generator().manual_seed(data_seed)
+    examples = tuple(Example(id=f"{name} {index}", text=f"{name} {index}", task=name) for index in range(num))
+    inputs = {e.id: torch.randn(length, width, generator=generator, dtype=torch.float64) for e in examples}
+    targets = {e.id: torch.randint(0, classes, (length,), generator=generator) for e in examples}
+    return ToyTask(name, examples, inputs, targets, **options)
+
+
+def make_text_task(name: str, sizes: Sequence[int], *, seed: int = 0, start: int = 0) -> ToyTask:
+    """Rows that have nothing but an id and a number of tokens."""
+    examples = tuple(Example(id=f"{name} {start + i}", text=f"{name} {start + i}", task=name) for i in range(len(sizes)))
+    return ToyTask(name, examples, tokens={e.id: size for e, size in zip(examples, sizes, strict=True)}, seed=seed)
+
+
+@pytest.fixture
+def toy_task() -> Callable[..., ToyTask]:
+    return make_toy_task
+
+
+@pytest.fixture
+def text_task() -> Callable[..., ToyTask]:
+    return make_text_task

@@ -1,0 +1,444 @@
+"""EWC against closed forms, autograd and the mistakes that the field makes, in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retain import distributed
+from retain.errors import CompatibilityError
+from retain.strategies import ewc
+from retain.strategies.ewc import EWC, diagonal_fisher
+
+Task = Callable[..., Any]
+
+
+def linear(*, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(3, 4, bias=bias, dtype=torch.float64)
+
+
+def consolidated(fisher: dict[str, Tensor], anchors: dict[str, Tensor], **options: Any) -> EWC:
+    strategy = EWC(**options)
+    strategy.importance, strategy.anchors, strategy.tasks = [fisher], [anchors], ["old"]
+    return strategy
+
+
+def penalty_of(strategy: EWC, model: nn.Module) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+    model.zero_grad()
+    value = strategy.add_penalty(model)
+    return value, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+# The Fisher of a task
+
+
+def test_is_the_closed_form_a_target(toy_task: Task) -> None:
+    model, task = linear(), toy_task(num=30)
+    x = torch.cat([task.inputs[example.id] for example in task.examples])
+    p = model(x).softmax(-1).detach()
+    got = diagonal_fisher(model, task, kind="exact")
+    torch.testing.assert_close(got["weight"], torch.einsum("nk,ni->ki", p * (1 - p), x**2) / 30)
+    torch.testing.assert_close(got["bias"], (p * (1 - p)).mean(0))
+
+
+def test_is_a_mean_over_targets_as_the_loss_is(toy_task: Task) -> None:
+    model, task = linear(), toy_task(num=10, length=3)
+    got = diagonal_fisher(model, task, kind="empirical")["weight"]
+    wanted = torch.zeros_like(got)
+    for example in task.examples:
+        loss = F.cross_entropy(model(task.inputs[example.id]), task.targets[example.id], reduction="sum")
+        wanted += torch.autograd.grad(loss, model.weight)[0] ** 2
+    torch.testing.assert_close(got, wanted / 30)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+def test_does_not_depend_on_the_batch_size(toy_task: Task, kind: Any) -> None:
+    model, task = linear(), toy_task(num=64, length=2)
+    one, many = (diagonal_fisher(model, replace(task, batch_size=size), kind=kind) for size in (1, 32))
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_padding_changes_nothing(toy_task: Task) -> None:
+    model, task = linear(), toy_task(num=20, length=3)
+    for index, example in enumerate(task.examples):  # rows of 1, 2 and 3 targets share batches
+        task.inputs[example.id] = task.inputs[example.id][: index % 3 + 1]
+        task.targets[example.id] = task.targets[example.id][: index % 3 + 1]
+    for name, value in diagonal_fisher(model, replace(task, batch_size=1)).items():
+        torch.testing.assert_close(diagonal_fisher(model, task)[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sample_of_the_rows_is_drawn_from_the_seed(toy_task: Task) -> None:
+    class Watched(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(len(input))
+            return super().forward(input)
+
+    model, task = Watched(3, 4, dtype=torch.float64), toy_task(num=50)
+    results = []
+    for seed in (0, 0, 1):
+        seen: list[int] = []
+        results.append(diagonal_fisher(model, replace(task, seed=seed), num_samples=7, kind="empirical")["weight"])
+        assert sum(seen) == 7
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+class Noisy(nn.Module):
+    """Dropout and batch statistics: what training mode would spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 8, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(8, dtype=torch.float64)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.norm(self.inner(x).transpose(1, 2)).transpose(1, 2)))
+
+
+def test_modes_random_state_and_buffers_are_as_before(toy_task: Task) -> None:
+    torch.manual_seed(0)
+    model, task = Noisy().train(), toy_task()
+    model.norm.eval()  # a frozen norm in a model that trains
+    modes = [module.training for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    first, second = diagonal_fisher(model, task), diagonal_fisher(model, task)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_is_summed_over_processes(toy_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that have the same share: twice the sums, twice the targets."""
+    alone = diagonal_fisher(linear(), toy_task())
+    summed: list[Tensor] = []
+
+    def sum_tensors(tensors: list[Tensor]) -> None:
+        summed.extend(tensors)
+        for tensor in tensors:
+            tensor *= 2
+
+    monkeypatch.setattr(distributed, "sum_tensors", sum_tensors)
+    monkeypatch.setattr(distributed, "sum_number", lambda value: 2 * value)
+    together = diagonal_fisher(linear(), toy_task())
+    assert len(summed) == 2
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+
+
+def test_frozen_parameters_have_none(toy_task: Task) -> None:
+    model, strategy = linear(), EWC()
+    model.bias.requires_grad_(False)
+    strategy.after_task(model, toy_task())
+    assert strategy.importance[0].keys() == strategy.anchors[0].keys() == {"weight"}
+
+
+# The penalty
+
+
+def test_is_zero_at_the_anchor_and_grows_from_it(toy_task: Task) -> None:
+    """An anchor that shares memory with the weight would keep the penalty at zero for ever."""
+    model, strategy = linear(), EWC()
+    strategy.after_task(model, toy_task())
+    value, gradients = penalty_of(strategy, model)
+    assert float(value) == 0
+    assert all(float(gradient.abs().sum()) == 0 for gradient in gradients.values())
+    torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    value, gradients = penalty_of(strategy, model)
+    assert float(value) > 0
+    assert all(float(gradient.abs().sum()) > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_the_gradient_is_autograds(toy_task: Task, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ewc, "ELEMENTS_PER_BLOCK", 5)  # several blocks, the last one shorter
+    model = nn.Sequential(linear(), nn.Linear(4, 4, dtype=torch.float64))
+    strategy = EWC(strength=3.0, mode=mode, decay=0.5 if mode == "online" else 1.0)
+    for seed in (0, 1):
+        strategy.after_task(model, toy_task(f"task {seed}", data_seed=seed))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+    factor = 3.0 * (0.5 if mode == "online" else 1.0)
+    written = sum(
+        factor / 2 * (strategy.importance[k][name].double() * (parameter - strategy.anchors[k][name]) ** 2).sum()
+        for k in range(len(strategy.importance))
+        for name, parameter in model.named_parameters()
+    )
+    wanted = torch.autograd.grad(written, list(model.parameters()))
+    value, gradients = penalty_of(strategy, model)
+    torch.testing.assert_close(value, written.detach())
+    assert not value.requires_grad
+    for got, gradient in zip(gradients.values(), wanted, strict=True):
+        torch.testing.assert_close(got, gradient)
+
+
+def test_adds_to_the_data_gradient(toy_task: Task) -> None:
+    model, strategy = linear(), EWC(strength=2.0)
+    strategy.after_task(model, toy_task())
+    with torch.no_grad():
+        model.weight += 1.0
+    _, penalty = penalty_of(strategy, model)
+    model.zero_grad()
+    model(torch.randn(5, 3, dtype=torch.float64)).square().sum().backward()
+    data = model.weight.grad.clone()
+    strategy.add_penalty(model)
+    torch.testing.assert_close(model.weight.grad, data + penalty["weight"])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 4)])
+def test_any_shape_has_a_penalty(shape: tuple[int, ...]) -> None:
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.full(shape, 3.0)))
+    strategy = consolidated({"weight": torch.full(shape, 0.5)}, {"weight": torch.full(shape, 1.0)})
+    value, gradients = penalty_of(strategy, model)
+    assert float(value) == pytest.approx(model.weight.numel())
+    assert torch.equal(gradients["weight"], torch.full(shape, 1.0))
+
+
+def test_the_minimum_of_two_quadratic_tasks_is_that_of_joint_training() -> None:
+    """L_A = sum h (t - a)^2 / 2 with F = h, L_B = sum k (t - b)^2 / 2: the minimum is (k b + s h a) / (k + s h)."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    a, b, k = torch.randn(3, 6).double()
+    h = torch.tensor([0.5, 1.0, 2.0, 0.25, 4.0, 0.0]).double()
+    model.register_parameter("weight", nn.Parameter(a.clone()))
+    for strength in (0.3, 1.0, 7.0):
+        strategy = consolidated({"weight": h}, {"weight": a}, strength=strength)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+        for _ in range(4000):
+            optimizer.zero_grad()
+            (0.5 * k.abs() * (model.weight - b) ** 2).sum().backward()
+            strategy.add_penalty(model)
+            optimizer.step()
+        wanted = (k.abs() * b + strength * h * a) / (k.abs() + strength * h)
+        torch.testing.assert_close(model.weight.detach(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_strong_penalty_holds_what_matters_and_nothing_else() -> None:
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(torch.zeros(2)))
+    strategy = consolidated({"weight": torch.tensor([1.0, 0.0])}, {"weight": torch.zeros(2)}, strength=1e5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (-1e3 * model.weight).sum().backward()
+        strategy.add_penalty(model)
+        optimizer.step()
+    assert abs(float(model.weight[0])) < 0.02
+    assert float(model.weight[1]) == pytest.approx(2.0)
+
+
+def test_a_strength_means_the_same_whatever_the_loss_is_multiplied_by(toy_task: Task) -> None:
+    """Weights of c multiply loss and penalty by c, so that the weights that balance them stay."""
+    plain, strategy = toy_task(), EWC(fisher="empirical")
+    heavy = replace(plain, examples=[replace(example, weight=3.0) for example in plain.examples])
+    strategy.after_task(linear(), plain)
+    other = EWC(fisher="empirical")
+    other.after_task(linear(), heavy)
+    for name, value in strategy.importance[0].items():
+        torch.testing.assert_close(other.importance[0][name].float(), 3 * value.float(), rtol=0.01, atol=0)
+
+
+def test_strength_zero_does_nothing(toy_task: Task) -> None:
+    model, strategy = linear(), EWC(strength=0.0)
+    strategy.after_task(model, toy_task())
+    assert penalty_of(strategy, model) == (None, {"weight": None, "bias": None})
+
+
+def test_before_the_first_task_there_is_no_penalty() -> None:
+    assert EWC().add_penalty(linear()) is None
+
+
+def test_a_penalty_needs_something_that_moves(toy_task: Task) -> None:
+    model, strategy = linear(), EWC()
+    strategy.after_task(model, toy_task())
+    assert strategy.add_penalty(model.requires_grad_(False)) is None
+
+
+# Several tasks
+
+
+def test_online_is_separate_with_one_old_task(toy_task: Task) -> None:
+    results = []
+    for mode in ("online", "separate"):
+        model, strategy = linear(), EWC(mode=mode)
+        strategy.after_task(model, toy_task())
+        with torch.no_grad():
+            model.weight += 0.5
+        results.append(penalty_of(strategy, model))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1]["weight"], results[1][1]["weight"])
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_online_adds_decayed_importance_and_moves_the_anchor(toy_task: Task, decay: float) -> None:
+    model, strategy = linear(), EWC(decay=decay)
+    first, second = toy_task("first"), toy_task("second", data_seed=1)
+    strategy.after_task(model, first)
+    old = strategy.importance[0]["weight"].float()
+    with torch.no_grad():
+        model.weight += 0.5
+    strategy.after_task(model, second)
+    new = diagonal_fisher(model, second)["weight"].float()
+    assert strategy.tasks == ["first", "second"]
+    assert torch.equal(strategy.anchors[0]["weight"], model.weight.detach())
+    torch.testing.assert_close(strategy.importance[0]["weight"].float(), decay * old + new, rtol=0.01, atol=0)
+    with torch.no_grad():
+        model.weight += 0.1
+    value, _ = penalty_of(strategy, model)
+    assert float(value) == pytest.approx(float(decay * 0.5 * 0.01 * (decay * old + new).sum()), rel=0.01)
+
+
+def test_separate_keeps_every_anchor(toy_task: Task) -> None:
+    model, strategy = linear(), EWC(mode="separate")
+    start = model.weight.detach().clone()
+    strategy.after_task(model, toy_task("first"))
+    with torch.no_grad():
+        model.weight += 0.5
+    strategy.after_task(model, toy_task("second"))
+    assert torch.equal(strategy.anchors[0]["weight"], start)
+    assert torch.equal(strategy.anchors[1]["weight"], start + 0.5)
+    assert float(strategy.add_penalty(model)) > 0
+
+
+def test_memory_of_online_does_not_grow(toy_task: Task) -> None:
+    model = linear()
+    for mode, growth in (("online", 1), ("separate", 3)):
+        strategy, sizes = EWC(mode=mode), []
+        for k in range(3):
+            strategy.after_task(model, toy_task(f"task {k}"))
+            sizes.append(sum(isinstance(value, Tensor) for value in strategy.state_dict().values()))
+        assert sizes[-1] == growth * sizes[0]
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_rows_that_the_model_grew_are_free(toy_task: Task, mode: Any) -> None:
+    model, strategy = linear(), EWC(mode=mode)
+    strategy.after_task(model, toy_task(classes=4))
+    model.weight = nn.Parameter(torch.cat([model.weight.detach() + 1.0, torch.randn(2, 3).double()]))
+    model.bias = nn.Parameter(torch.cat([model.bias.detach(), torch.randn(2).double()]))
+    value, gradients = penalty_of(strategy, model)
+    old = strategy.importance[0]["weight"]
+    assert float(value) == pytest.approx(float(old.double().sum()) / 2)
+    assert float(gradients["weight"][4:].abs().sum()) == 0
+    torch.testing.assert_close(gradients["weight"][:4], old.double())
+    strategy.after_task(model, toy_task("grown", classes=6))
+    value, gradients = penalty_of(strategy, model)
+    if mode == "online":
+        assert float(value) == 0
+        assert strategy.importance[0]["weight"].shape == (6, 3)
+        assert bool((strategy.importance[0]["weight"][:4] >= old * 0.99).all())
+
+
+def test_what_stopped_moving_keeps_its_importance(toy_task: Task) -> None:
+    model, strategy = linear(), EWC()
+    strategy.after_task(model, toy_task())
+    kept = strategy.importance[0]["bias"], strategy.anchors[0]["bias"]
+    model.bias.requires_grad_(False)
+    strategy.after_task(model, toy_task("second"))
+    assert (strategy.importance[0]["bias"] is kept[0], strategy.anchors[0]["bias"] is kept[1]) == (True, True)
+
+
+# State
+
+
+def test_importance_is_bf16_and_anchors_are_masters(toy_task: Task) -> None:
+    model, strategy = linear(), EWC()
+    strategy.after_task(model, toy_task())
+    assert strategy.importance[0]["weight"].dtype == torch.bfloat16
+    assert strategy.anchors[0]["weight"].dtype == torch.float64
+    exact = diagonal_fisher(model, toy_task())["weight"]
+    torch.testing.assert_close(strategy.importance[0]["weight"].double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_the_state_comes_back(toy_task: Task, mode: Any) -> None:
+    model, strategy = linear(), EWC(mode=mode)
+    for name in ("first", "second"):
+        strategy.after_task(model, toy_task(name))
+        with torch.no_grad():
+            model.weight += 0.1
+    state = strategy.state_dict()
+    assert {"fisher/0/weight", "anchor/0/bias"} <= state.keys()
+    other = EWC(mode=mode)
+    assert other.restore(model, state) is model
+    assert other.tasks == ["first", "second"]
+    assert torch.equal(other.add_penalty(model), strategy.add_penalty(model))
+    assert other.state_dict().keys() == state.keys()
+    assert list(EWC().restore(model, EWC().state_dict()).parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"strength": -1.0}, {"strength": float("nan")}, {"num_samples": 0}, {"decay": 0.0}, {"decay": 1.1},
+                {"mode": "separate", "decay": 0.9}]
+)  # fmt: skip
+def test_refuses_settings_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{list(options)[-1]}: "):
+        EWC(**options)
+
+
+def test_exact_is_refused_for_large_heads(toy_task: Task) -> None:
+    model = nn.Linear(3, 5000, dtype=torch.float64)
+    with pytest.raises(CompatibilityError, match="sampled"):
+        EWC(fisher="exact").after_task(model, toy_task(classes=5000))
+
+
+# Behaviour
+
+
+def train(model: nn.Module, task: Any, strategy: EWC | None, *, steps: int = 300) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    batch = next(replace(task, batch_size=10**6).batches(task.examples))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (task.loss(task.forward(model, batch), batch) / len(batch.weights)).backward()
+        if strategy is not None:
+            strategy.add_penalty(model)
+        optimizer.step()
+    if strategy is not None:
+        strategy.after_task(model, task)
+
+
+def accuracy(model: nn.Module, task: Any) -> float:
+    batch = next(replace(task, batch_size=10**6).batches(task.examples))
+    return float((task.forward(model, batch).logits().argmax(-1) == batch.targets[batch.counted]).double().mean())
+
+
+def learnable(toy_task: Task, name: str, seed: int) -> Any:
+    """Labels that a linear rule gives, a different one for each task, on features of its own."""
+    task = toy_task(name, num=200, width=12, classes=4, data_seed=seed)
+    torch.manual_seed(seed)
+    rule, used = torch.randn(12, 4).double(), torch.zeros(12).double()
+    used[torch.randperm(12)[:6]] = 1.0
+    for example in task.examples:
+        task.inputs[example.id] *= used
+        task.targets[example.id] = (task.inputs[example.id] @ rule).argmax(-1)
+    return task
+
+
+def test_forgets_less_than_sequential_training(toy_task: Task) -> None:
+    kept: dict[bool, list[float]] = {True: [], False: []}
+    learned: list[float] = []
+    for seed in range(5):
+        first, second = learnable(toy_task, "first", seed), learnable(toy_task, "second", seed + 100)
+        for protected in (True, False):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4)).double()
+            strategy = EWC(strength=30.0) if protected else None
+            train(model, first, strategy)
+            train(model, second, strategy)
+            kept[protected].append(accuracy(model, first))
+            if protected:
+                learned.append(accuracy(model, second))
+    assert sum(kept[True]) / 5 > sum(kept[False]) / 5 + 0.1
+    assert min(learned) > 0.85
