@@ -1,0 +1,141 @@
+"""A task bound to its family, tokenizer and method: how rows become batches, and all that a strategy may see of a task."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from retain import distributed
+from retain.data.packing import OverflowCounts, fit_length, micro_batches
+from retain.data.rendering import Renderer
+from retain.methods.method import Method
+from retain.models.family import Family, Outputs
+from retain.parameters import evaluating
+from retain.types import Batch, Encoded, Example
+
+__all__ = ["BoundTask", "overflow_notes", "to_device"]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return replace(
+        batch,
+        inputs={name: value.to(device) for name, value in batch.inputs.items()},
+        targets=batch.targets.to(device),
+        documents=batch.documents.to(device),
+        weights=batch.weights.to(device),
+    )
+
+
+def overflow_notes(counts: OverflowCounts) -> list[str]:
+    """What became of rows that could not be trained on whole, one sentence each; empty where nothing did."""
+    said = {
+        "rows longer than max_length were dropped": counts.dropped,
+        "rows longer than max_length were cut, and lost their stop token": counts.truncated,
+        "rows longer than max_length were split into pieces": counts.split,
+        "rows had no trained token and were dropped": counts.untrained,
+    }
+    return [f"{count} {what}" for what, count in said.items() if count]
+
+
+@dataclass(frozen=True)
+class BoundTask:
+    """The one implementation of `strategies.TaskView`.
+
+    Args:
+        name: the task's name; `base` for stage 0.
+        examples: its rows.
+        family, renderer, method: the run's choices.
+        max_length: tokens that a row may have.
+        on_overflow, overflow_threshold: what happens to longer rows; see `data.packing.fit_length`.
+        max_tokens: tokens of one micro-batch.
+        packed: may documents share a row?
+        precision: `bf16` or `fp32`.
+        seed: the run's seed.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    family: Family
+    renderer: Renderer
+    method: Method
+    max_length: int
+    max_tokens: int
+    packed: bool
+    precision: str
+    seed: int = 0
+    on_overflow: str = "error"
+    overflow_threshold: float = 0.0
+    encoded: dict[tuple[str, float], Encoded] = field(default_factory=dict[tuple[str, float], Encoded], repr=False)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return distributed.device()
+
+    def encode(self, example: Example) -> Encoded:
+        """The example as the model sees it, made once."""
+        key = (example.id, example.weight)
+        if key not in self.encoded:
+            self.encoded[key] = self.family.encode(example, self.renderer)
+        return replace(self.encoded[key], example=example)
+
+    def rows(self, examples: Sequence[Example]) -> tuple[list[Encoded], OverflowCounts]:
+        """The examples encoded and within `max_length`, and what that cost."""
+        return fit_length(
+            [self.encode(example) for example in examples],
+            max_length=self.max_length,
+            on_overflow=self.on_overflow,
+            threshold=self.overflow_threshold,
+        )
+
+    def collate(self, rows: Sequence[Encoded]) -> list[Batch]:
+        """The rows, in order, as micro-batches within the token budget, on the device."""
+        groups = micro_batches(rows, max_tokens=self.max_tokens, packed=self.packed)
+        tokenizer = self.renderer.tokenizer
+        return [to_device(self.family.collate(g, tokenizer, packed=self.packed), self.device) for g in groups]
+
+    def num_tokens(self, example: Example) -> int:
+        """Tokens of the example as the model sees it, at most `max_length`."""
+        return min(self.encode(example).num_tokens, self.max_length)
+
+    def batches(self, examples: Sequence[Example], *, max_tokens: int | None = None) -> Iterator[Batch]:
+        """This process's share of the examples, in order, as micro-batches on the device."""
+        mine = list(examples)[distributed.rank() :: distributed.world_size()]
+        view = self if max_tokens is None else replace(self, max_tokens=max_tokens)
+        rows, _ = fit_length([self.encode(e) for e in mine], max_length=self.max_length, on_overflow="truncate")
+        yield from view.collate(rows)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """One pass, in the run's precision."""
+        with distributed.autocast(self.precision):
+            return self.family.forward(model, batch)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Nats, weighted and summed over counted targets."""
+        with distributed.autocast(self.precision):
+            return self.family.loss(outputs, batch)
+
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, examples: Sequence[Example]) -> float:
+        """Nats a target over the examples of all processes, in evaluation mode."""
+        total, count = 0.0, 0
+        with evaluating(model):
+            for batch in self.batches(examples):
+                total += float(self.loss(self.forward(model, batch), batch))
+                count += int(batch.counted.sum())
+        return distributed.sum_number(total) / max(distributed.sum_number(count), 1)
+
+    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+        """Sampled answers to the examples' prompts, or continuations of their texts, from the run's seed."""
+        ids = [
+            self.renderer.prompt_ids(prompt.prompt) if prompt.messages else self.renderer.text_ids(prompt.text)
+            for prompt in prompts
+        ]
+        with evaluating(model), distributed.autocast(self.precision):
+            return self.family.generate(
+                model, self.renderer.tokenizer, ids,
+                max_new_tokens=max_new_tokens, temperature=1.0, top_p=0.95, seed=self.seed,
+            )  # fmt: skip

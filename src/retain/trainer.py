@@ -1,0 +1,364 @@
+"""The one loop: every family, method and strategy is trained here, one task at a time."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retain import distributed
+from retain.checkpoint import load_checkpoint, save_checkpoint
+from retain.data.packing import schedule
+from retain.errors import CompatibilityError, DataError, DivergedError
+from retain.parameters import trainable
+from retain.strategies.strategy import Strategy
+from retain.task_view import BoundTask, overflow_notes
+from retain.types import Encoded, Example, StepInfo
+
+__all__ = ["Observer", "TrainConfig", "TrainResult", "learning_rate", "train_task"]
+
+Observer = Callable[[StepInfo], None]
+"""Looks at a step; what it returns is ignored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a task is trained; names and meanings as in TRL and transformers where they have them.
+
+    Args:
+        learning_rate: the peak, above 0.
+        num_train_epochs: passes over a task's rows, above 0; may be a fraction.
+        max_steps: optimizer steps a task instead of epochs; 0 counts epochs.
+        per_device_train_batch_size: rows of one step and process, before accumulation.
+        gradient_accumulation_steps: multiplies the rows of a step.
+        max_tokens_per_batch: tokens of one forward pass; a step's rows are cut into as many passes as that needs, which
+            changes memory and speed but not the gradient.
+        max_length: tokens that a row may have.
+        on_overflow: what happens to longer rows.
+        overflow_threshold: share of over-long rows up to which `error` only drops them.
+        packing: rows without padding where the family isolates documents (`auto`), never, or always or refused.
+        lr_scheduler_type: `linear` or `cosine` down to 0, or `constant`, after the warm-up.
+        warmup_ratio: share of the steps over which the rate rises from 0.
+        weight_decay: AdamW's, on parameters of two and more dimensions.
+        adam_beta1, adam_beta2, adam_epsilon: AdamW's.
+        max_grad_norm: the gradient's norm is clipped to it; 0 never clips.
+        precision: `bf16` computes matrix products in bf16 over float32 master weights; `auto` where hardware does.
+        gradient_checkpointing: compute activations a second time instead of keeping them.
+        eval_steps: steps between validation losses; 0 never.
+        early_stopping_patience: validations without an improvement before a task ends, its best weights kept; 0 never.
+        save_steps: steps between checkpoints inside a task; 0 only where the run is interrupted.
+        seed: of everything random.
+    """
+
+    learning_rate: float = 2e-4
+    num_train_epochs: float = 1.0
+    max_steps: int = 0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_tokens_per_batch: int = 2048
+    max_length: int = 512
+    on_overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    overflow_threshold: float = 0.0
+    packing: Literal["auto", "always", "never"] = "auto"
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    eval_steps: int = 0
+    early_stopping_patience: int = 0
+    save_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        above_zero = (
+            "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "max_tokens_per_batch", "max_length",
+        )  # fmt: skip
+        for name in above_zero:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience", "save_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "overflow_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience: has no effect without eval_steps; set eval_steps too")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * distributed.world_size()
+
+
+def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    """The rate of a step (from 0): a linear warm-up, then the schedule; a pure function, so that resuming is exact."""
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    match config.lr_scheduler_type:
+        case "linear":
+            return config.learning_rate * (1 - progress)
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        case "constant":
+            return config.learning_rate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train_task` did.
+
+    Args:
+        model: the trained model; another object than was given where the strategy changed its architecture.
+        history: every step.
+        notes: what a user should know (rows dropped, an early stop).
+        num_steps: steps taken.
+    """
+
+    model: nn.Module
+    history: tuple[StepInfo, ...]
+    notes: tuple[str, ...] = ()
+    num_steps: int = 0
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C and SIGTERM back until a step is whole; a second Ctrl-C stops at once.
+
+    Yields a function that tells whether one came. Signals reach only the main thread; elsewhere nothing is held back.
+    """
+    came: list[int] = []
+
+    def hold(number: int, _: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Best:
+    """The best validation loss so far, and the weights that gave it."""
+
+    loss: float = math.inf
+    waited: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def see(self, loss: float, model: nn.Module) -> None:
+        """Keep the weights of a better loss, or count one more validation without."""
+        if loss < self.loss:
+            self.loss, self.waited = loss, 0
+            self.weights = {name: parameter.detach().cpu().clone() for name, parameter in trainable(model).items()}
+        else:
+            self.waited += 1
+
+    @torch.no_grad()
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model the best weights."""
+        for name, parameter in trainable(model).items():
+            parameter.copy_(self.weights[name])
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what moves; only matrices decay.
+
+    Raises:
+        CompatibilityError: if nothing moves.
+    """
+    moving = list(trainable(model).values())
+    if not moving:
+        raise CompatibilityError(
+            "the method and strategy leave nothing to train: every parameter is frozen",
+            hint="check `method.target_modules`, or use `method: full`",
+        )
+    groups = [
+        {"params": [p for p in moving if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in moving if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def steps_from(view: BoundTask, strategy: Strategy, config: TrainConfig) -> Iterator[tuple[float, list[Encoded]]]:
+    """Endless steps: where in which epoch each is, and its rows over all processes; a function of the seed alone."""
+    epoch = 0
+    while True:
+        rows, _ = view.rows(strategy.mix_examples(view, epoch))
+        lengths = None if view.packed else [row.num_tokens for row in rows]
+        plan = schedule(len(rows), rows_per_step=config.rows_per_step, seed=config.seed, epoch=epoch, lengths=lengths)
+        for at, step in enumerate(plan):
+            yield epoch + at / len(plan), [rows[i] for i in step]
+        epoch += 1
+
+
+def train_task(
+    model: nn.Module,
+    view: BoundTask,
+    *,
+    strategy: Strategy,
+    config: TrainConfig,
+    validation: Sequence[Example] = (),
+    observers: Sequence[Observer] = (),
+    folder: Path | None = None,
+) -> TrainResult:
+    """Train a model on one task, under a strategy.
+
+    Losses are normalised by the counted targets of the whole step, so micro-batches, padding, packing and the number of
+    processes change nothing. Consolidation (`strategy.after_task`) is the caller's next step.
+
+    Args:
+        model: with what moves marked by `requires_grad`.
+        view: the task, bound to family, tokenizer and method.
+        strategy: what protects old abilities.
+        config: how to train.
+        validation: rows for `eval_steps` and early stopping.
+        observers: called after every step.
+        folder: where checkpoints go; one that lies there is continued, bit for bit.
+
+    Raises:
+        DataError: if no row is left to train on.
+        DivergedError: if the loss or gradient is NaN or infinite; the weights are those before that step.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    model = strategy.before_task(model, view)
+    rows, counts = view.rows(strategy.mix_examples(view, 0))
+    if not rows:
+        raise DataError(
+            f"task {view.name!r} has no row to train on", hint="`retain data check FILE` shows what became of each row"
+        )
+    steps_per_epoch = math.ceil(len(rows) / config.rows_per_step)
+    num_steps = max(1, math.ceil(steps_per_epoch * config.num_train_epochs))
+    if config.max_steps:
+        num_steps = math.ceil(config.max_steps * strategy.steps_factor)
+
+    optimizer = make_optimizer(model, config)
+    torch.manual_seed(config.seed + distributed.rank())
+    history: list[StepInfo] = []
+    best = Best()
+    first = 0
+    if folder is not None and (checkpoint := load_checkpoint(folder, model=model, optimizer=optimizer)) is not None:
+        model = strategy.restore(model, checkpoint.strategy_state)
+        history = [StepInfo(**info) for info in checkpoint.position["history"]]
+        first = len(history)
+
+    def save() -> None:
+        if folder is not None:
+            position: Mapping[str, Any] = {"history": [asdict(info) for info in history]}
+            state = strategy.state_dict()
+            save_checkpoint(folder, model=model, optimizer=optimizer, position=position, strategy_state=state)
+
+    model.train()
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    notes = [f"task {view.name}: {note}" for note in overflow_notes(counts)]
+    started = time.perf_counter()
+    with deferred_interrupts() as interrupted:
+        for step, (epoch, group) in enumerate(steps_from(view, strategy, config)):
+            if step >= num_steps:
+                break
+            if step < first:
+                continue
+            rate = learning_rate(config, step, num_steps)
+            figures = take_step(model, group, view, strategy, optimizer, rate, config, save)
+            loss = None
+            if config.eval_steps and validation and (step + 1) % config.eval_steps == 0:
+                loss = view.mean_loss(model, validation)
+                best.see(loss, model)
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            info = StepInfo(
+                task=view.name, step=step + 1, num_steps=num_steps, epoch=epoch, learning_rate=rate,
+                seconds=seconds, validation_loss=loss, **figures,
+            )  # fmt: skip
+            history.append(info)
+            for observer in observers:
+                observer(info)
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
+            if config.save_steps and (step + 1) % config.save_steps == 0:
+                save()
+            if config.early_stopping_patience and best.waited >= config.early_stopping_patience:
+                notes.append(f"stopped early after step {step + 1}: no better validation loss than {best.loss:.4f}")
+                break
+    if config.early_stopping_patience and best.weights:
+        best.put_back(model)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_disable()
+    model.eval()
+    return TrainResult(model, tuple(history), tuple(notes), len(history))
+
+
+def take_step(
+    model: nn.Module,
+    group: Sequence[Encoded],
+    view: BoundTask,
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    config: TrainConfig,
+    save: Callable[[], None],
+) -> dict[str, Any]:
+    """One optimizer step, whole: the order that `strategies.strategy` promises."""
+    moving = list(trainable(model).values())
+    targets = max(sum(row.num_targets for row in group), 1)  # counted targets of the global batch
+    total = torch.zeros((), device=view.device)
+    for batch in view.collate(group[distributed.rank() :: distributed.world_size()]):
+        outputs = view.forward(model, batch)
+        loss = view.loss(outputs, batch)
+        total += loss.detach()
+        with distributed.autocast(view.precision):
+            term = strategy.loss_term(model, batch, outputs)
+        ((loss if term is None else loss + term) / targets).backward()
+    distributed.sum_gradients(moving)
+    strategy.edit_gradients(model)  # the data loss's gradients: complete, unclipped
+    penalty = strategy.add_penalty(model)  # once a step, without a graph
+    limit = config.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(moving, limit))
+    mean = distributed.sum_number(float(total)) / targets
+    value = 0.0 if penalty is None else float(penalty)
+    if not math.isfinite(mean + norm + value):
+        optimizer.zero_grad()
+        save()
+        raise DivergedError(
+            f"task {view.name!r}: training diverged: loss {mean}, penalty {value}, gradient norm {norm}",
+            problems=[f"the learning rate was {rate:g}; the weights are those before this step"],
+            hint="lower train.learning_rate or the strategy's strength, or look at the data with `retain data check`",
+        )
+    for settings in optimizer.param_groups:
+        settings["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    strategy.after_step(model, rate)
+    return {
+        "loss": mean, "penalty": value, "gradient_norm": norm,
+        "num_tokens": sum(row.num_tokens for row in group), "num_targets": targets,
+    }  # fmt: skip
