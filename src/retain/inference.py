@@ -1,0 +1,113 @@
+"""A model that only answers: a stage of a lineage, or any model by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from retain import distributed
+from retain.config import RunConfig, load_config
+from retain.data.rendering import Renderer
+from retain.data.tasks import TaskConfig, load_task
+from retain.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
+from retain.lineage import Lineage
+from retain.models.family import Family, Tokenizer
+from retain.models.source import Source, open_source
+from retain.storage.state import load_state
+from retain.types import Message
+
+__all__ = ["Answering", "answer", "load_for_answering", "load_stage", "load_tokenizer", "score"]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model in evaluation mode, and all that it takes to ask it."""
+
+    model: nn.Module
+    family: Family
+    renderer: Renderer
+
+
+def stage_source(lineage: Lineage, config: RunConfig) -> Source:
+    """The base model of a lineage."""
+    model = config.model
+    folder = None if model.name else lineage.stage_folder(0) / "model"
+    return open_source(model.name, model.family, folder=folder, trust_remote_code=model.trust_remote_code)
+
+
+def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, RunConfig]:
+    """The model that a stage of a lineage is, its hashes checked; the head where no stage is named.
+
+    Raises:
+        LineageError: if there is no such stage, or it is damaged.
+    """
+    config = load_config(lineage.path / "config.yaml", check_files=False).config
+    index = lineage.head if stage is None else stage
+    folder = lineage.verified_folder(index)
+    source = stage_source(lineage, config)
+    model, tokenizer = source.load((), seed=config.train.seed)
+    renderer = Renderer(tokenizer, config.model.template)
+    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    if index > 0:
+        model = config.method.load(model, folder / "weights")
+        model = config.strategy.restore(model, load_state(folder / "memory"))
+    return Answering(model.to(distributed.device()).eval(), source.family, renderer), config
+
+
+def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
+    """A lineage's stage, or any model.
+
+    Args:
+        target: a lineage's folder, or a model as `models.hub.resolve` takes it.
+        stage: which stage of a lineage; the head where None.
+
+    Raises:
+        UserError: if it is neither, or there is no such stage.
+    """
+    path = Path(target).expanduser()
+    if (path / "lineage.json").exists():
+        return load_stage(Lineage.open(path), stage)[0]
+    source = open_source(target)
+    model, tokenizer = source.load((), seed=0)
+    renderer = Renderer(tokenizer)
+    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    return Answering(model.to(distributed.device()).eval(), source.family, renderer)
+
+
+def load_tokenizer(target: str) -> tuple[Family, Tokenizer]:
+    """A model's family and tokenizer without its weights."""
+    from transformers import AutoTokenizer
+
+    path = Path(target).expanduser()
+    if (path / "lineage.json").exists():
+        lineage = Lineage.open(path)
+        source = stage_source(lineage, load_config(path / "config.yaml", check_files=False).config)
+    else:
+        source = open_source(target)
+    return source.family, AutoTokenizer.from_pretrained(source.folder)
+
+
+def score(
+    target: Answering, data: str | None, *, metric: str = "auto", probes: bool = True, limit: int | None = None, seed: int = 0
+) -> Evaluation:
+    """Score a model on the rows of a file, and on the probes where asked."""
+    tasks = []
+    if data is not None:
+        entry = TaskConfig(name=Path(data).stem, train=data, test=data, metric=metric, max_train_rows=1, max_test_rows=limit)
+        tasks = [load_task(entry, seed=seed).task]
+    config = EvaluationConfig(probes=probes, kl=False)
+    with distributed.autocast(distributed.resolve_precision("auto")):
+        return evaluate(
+            target.model, tasks, family=target.family, renderer=target.renderer, config=config, seed=seed
+        )  # fmt: skip
+
+
+def answer(target: Answering, messages: Sequence[Message], *, temperature: float = 0.0, max_new_tokens: int = 256) -> str:
+    """The model's next turn in a conversation."""
+    with distributed.autocast(distributed.resolve_precision("auto")):
+        [text] = target.family.generate(
+            target.model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95 if temperature else 1.0,
+        )  # fmt: skip
+    return text.strip()

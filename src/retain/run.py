@@ -1,0 +1,260 @@
+"""The experiment from top to bottom. READ THIS FIRST.
+
+    train         a recipe: stage 0, then its tasks in order
+    extend        a lineage that exists: further tasks
+    learn_base    stage 0: score the base model, and let the strategy consolidate on it
+    learn         one task: train, consolidate, score, hold against the budget, commit
+
+A lineage is all that persists. `train` writes it; `extend` reads it back in a new process and goes on with weights and
+memory intact. Interrupted, either goes on from the last checkpoint when it is called again.
+"""
+
+import difflib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from retain import distributed
+from retain.budget import enforce_budget
+from retain.config import RunConfig, check_compatibility, dump_config, load_config
+from retain.data.tasks import TaskConfig, load_task
+from retain.errors import ConfigError
+from retain.experiment import Experiment, open_experiment, read_distribution
+from retain.lineage import EARLIER, BaseModel, Lineage
+from retain.models.source import Source, open_source
+from retain.self_text import write_self_text
+from retain.storage.stage import write_record
+from retain.storage.state import load_state, save_state
+from retain.trainer import Observer, train_task
+from retain.types import Example, StageRecord, Task
+
+__all__ = ["extend", "train"]
+
+log = logging.getLogger("retain")
+
+
+def train(
+    config: RunConfig,
+    *,
+    observers: Sequence[Observer] = (),
+    accept: bool = False,
+    base: Lineage | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> Lineage:
+    """Learn a recipe's tasks, one after another, and score everything before the first and after each.
+
+    Args:
+        config: the recipe. Its `output_dir` is new, or holds the lineage of the same recipe, which is finished.
+        observers: called after every optimizer step.
+        accept: commit also what is over the forgetting budget, on the record.
+        base: a lineage of the same model and tasks; its base model's scores are taken over instead of made again.
+        sources: where each setting came from, for the record.
+
+    Raises:
+        BudgetExceeded: a stage lost more than the budget allows; what came before it is committed.
+        UserError: the recipe, data or model cannot be used; found before anything heavy starts where it can be.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    source = open_source(config.model.name, config.model.family, trust_remote_code=config.model.trust_remote_code)
+    check_compatibility(config, source.family)
+    tasks = load_tasks(config)
+    lineage = start_lineage(config, source)
+    with lineage.lock("retain train"):
+        experiment = open_experiment(config, lineage, source, tasks, observers, sources)
+        if lineage.head < 0:
+            learn_base(experiment, shared=base)
+        for task in tasks[len(lineage.log()) - 1 :]:
+            learn(experiment, task, accept=accept)
+    return lineage
+
+
+def extend(
+    path: Path,
+    new: Sequence[TaskConfig] = (),
+    *,
+    overrides: Sequence[str] = (),
+    observers: Sequence[Observer] = (),
+    accept: bool = False,
+) -> Lineage:
+    """Learn further tasks on a lineage, its weights and the strategy's memory as the head left them.
+
+    Args:
+        path: the lineage.
+        new: tasks to add; none finishes what was interrupted.
+        overrides: changed settings, as on the command line.
+        observers, accept: as for `train`.
+    """
+    lineage = Lineage.open(path)
+    with lineage.lock("retain continue"):
+        config = load_config(path / "config.yaml", overrides, check_files=False).config
+        learned = {stage.name for stage in lineage.log()}
+        unfinished = not new or lineage.partial()  # what a rollback left behind is not taken up again
+        kept = [task for task in config.tasks if task.name in learned or unfinished]
+        config = replace(config, tasks=(*kept, *new), output_dir=path)
+        model = config.model
+        scratch = None if model.name else lineage.stage_folder(0) / "model"
+        source = open_source(model.name, model.family, folder=scratch, trust_remote_code=model.trust_remote_code)
+        check_compatibility(config, source.family)
+        tasks = load_tasks(config, lineage)
+        lineage.save_config(dump_config(config))
+        experiment = open_experiment(config, lineage, source, tasks, observers)
+        for task in tasks[len(lineage.log()) - 1 :]:
+            learn(experiment, task, accept=accept)
+    return lineage
+
+
+def load_tasks(config: RunConfig, lineage: Lineage | None = None) -> list[Task]:
+    """The tasks in order: of those that the lineage learned, what it kept of them; the others from their files."""
+    known = lineage.log()[1:] if lineage else []
+    tasks = [read_task(lineage.stage_folder(stage.index)) for stage in known] if lineage else []
+    for entry in config.tasks:
+        if entry.name not in {stage.name for stage in known}:
+            loaded = load_task(entry, seed=config.train.seed)
+            for note in loaded.notes:
+                log.info("task %s: %s", entry.name, note)
+            tasks.append(loaded.task)
+    return tasks
+
+
+def keep_task(task: Task, folder: Path) -> None:
+    """Keep what later stages need of a task: its test rows and how they are scored."""
+    state = {"name": task.name, "metric": task.metric, "choices": list(task.choices), "max_new_tokens": task.max_new_tokens}
+    save_state({**state, "test": list(task.test)}, folder / "task")
+
+
+def read_task(folder: Path) -> Task:
+    """What `keep_task` kept."""
+    state = load_state(folder / "task")
+    return Task(
+        name=state["name"], train=(), test=tuple(state["test"]), metric=state["metric"],
+        choices=tuple(state["choices"]), max_new_tokens=state["max_new_tokens"],
+    )  # fmt: skip
+
+
+def start_lineage(config: RunConfig, source: Source) -> Lineage:
+    """A new lineage in the recipe's `output_dir`, or the one there if the same recipe began it."""
+    path, text = config.output_dir, dump_config(config)
+    if not (path / "lineage.json").exists():
+        return Lineage.create(path, base=BaseModel(source.name, source.revision, source.hash), config=text)
+    lineage = Lineage.open(path)
+    if lineage.config != text:
+        raise ConfigError(
+            f"output_dir {path} holds the lineage of another recipe",
+            problems=differences(lineage.config, text),
+            hint=f"`retain continue {path} --data FILE` adds a task to it; or choose another output_dir",
+        )
+    log.info("finishing the lineage in %s: %d of %d tasks are learned", path, max(lineage.head, 0), len(config.tasks))
+    return lineage
+
+
+def differences(old: str, new: str) -> list[str]:
+    """The lines of two recipes that differ."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "there", "here", lineterm="", n=0)
+    return [line for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]
+
+
+def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None:
+    """Stage 0: score the base model, and let the strategy consolidate on what stands for its abilities.
+
+    Args:
+        experiment: with the base model.
+        shared: a lineage whose base is the same; its scores are taken over.
+    """
+    started = time.perf_counter()
+    lineage, config = experiment.lineage, experiment.config
+    folder = begin(lineage, "base")
+    if shared is None:
+        log.info("scoring the base model")
+        evaluation = experiment.evaluate()
+        scores, answers, experiment.distribution = evaluation.scores, tuple(evaluation.answers), evaluation.distribution
+    else:
+        log.info("the base model's scores are those of %s", shared.path)
+        record = shared.load_stage(0)
+        scores, answers, experiment.distribution = record.scores, record.answers, read_distribution(shared)
+    rows = protected_rows(experiment)
+    if rows:
+        log.info("%s consolidates on %d rows of the base model", config.strategy_name, len(rows))
+        experiment.strategy.after_task(experiment.model, experiment.view("base", rows))
+    if distributed.is_main():
+        if experiment.source.folder is None:  # a model that started from nothing exists nowhere else
+            experiment.model.save_pretrained(folder / "model")
+            experiment.renderer.tokenizer.save_pretrained(folder / "model")
+        if experiment.distribution is not None:
+            experiment.distribution.save(folder / "distribution.safetensors")
+        save_state({"rows": list(rows)}, folder / "base_text")
+        save_state(experiment.strategy.state_dict(), folder / "memory")
+        notes = [*experiment.source.notes, *experiment.renderer.notes]
+        lineage.commit(
+            folder, StageRecord(0, "base", scores, answers, provenance=experiment.describe(started, rows=rows, notes=notes))
+        )
+    distributed.barrier()
+
+
+def protected_rows(experiment: Experiment) -> tuple[Example, ...]:
+    """The rows that stand for the base model: the user's own, or what it writes itself."""
+    config = experiment.config
+    if config.protect_base == "off" or not experiment.strategy.remembers:
+        return ()
+    if config.protect_base == "self":
+        if experiment.source.folder is None:
+            log.info("the base model starts from nothing, so there is nothing of it to protect")
+            return ()
+        log.info("the base model writes %d rows that stand for its abilities", config.protect_rows)
+        view = experiment.view("base", ())
+        chat = experiment.renderer.tokenizer.chat_template is not None
+        return write_self_text(experiment.model, view, num=config.protect_rows, chat=chat)
+    entry = TaskConfig(name="base", train=config.protect_base, max_train_rows=config.protect_rows, test_fraction=0.0)
+    return tuple(replace(row, source="generated") for row in load_task(entry, seed=config.train.seed).task.train)
+
+
+def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
+    """One task: train, consolidate, score, hold against the budget, commit."""
+    started = time.perf_counter()
+    lineage, config = experiment.lineage, experiment.config
+    folder = begin(lineage, task.name)
+    view = experiment.view(task.name, task.train)
+    log.info("learning %s: %d rows with %s and %s", task.name, len(task.train), config.method_name, config.strategy_name)
+    result = train_task(
+        experiment.model,
+        view,
+        strategy=experiment.strategy,
+        config=config.train,
+        validation=task.validation,
+        observers=experiment.observers,
+        folder=folder / "checkpoints",
+    )
+    experiment.model = result.model
+    experiment.strategy.after_task(experiment.model, view)
+    log.info("scoring after %s", task.name)
+    evaluation = experiment.evaluate()
+    index = lineage.next_index
+    record = StageRecord(
+        index, task.name, evaluation.scores, tuple(evaluation.answers), result.history,
+        experiment.describe(started, rows=task.train, history=result.history, notes=result.notes, accepted=accept),
+    )  # fmt: skip
+    if distributed.is_main():
+        config.method.save(experiment.model, folder / "weights")
+        experiment.renderer.tokenizer.save_pretrained(folder / "weights")
+        save_state(experiment.strategy.state_dict(), folder / "memory")
+        keep_task(task, folder)
+        for earlier in experiment.earlier:
+            write_record(make_folder(folder / EARLIER / f"{earlier.index:04d}"), earlier)
+        if not accept:
+            line = [lineage.load_stage(stage.index) for stage in lineage.log()]
+            enforce_budget(line, record, config.budget.forgetting)
+        lineage.commit(folder, record)
+    experiment.earlier.clear()
+    distributed.barrier()
+
+
+def begin(lineage: Lineage, name: str) -> Path:
+    """The folder of the stage in progress, the same on every process."""
+    return distributed.gather_objects(lineage.begin(name) if distributed.is_main() else None)[0]
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made where it is missing."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path
