@@ -1,0 +1,151 @@
+"""`list`, `init`, `doctor`: what there is, and whether this machine can do it."""
+
+import os
+import platform
+import shutil
+from dataclasses import MISSING, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from retain.cli.console import out, print_json
+from retain.errors import ConfigError
+
+__all__ = ["add"]
+
+RECIPE = """\
+# retain train {name}
+model: smollm2-135m
+method: {{name: lora, r: 16, alpha: 32}}
+strategy: [{{name: replay, ratio: 0.1}}, {{name: ewc, strength: 1.0}}]
+protect_base: self            # rows that the base model writes stand for its own abilities; a FILE, or off
+tasks:                        # learned in this order
+  - {{name: first, train: first.train.jsonl, test: first.test.jsonl}}
+  - {{name: second, train: second.train.jsonl}}   # without a test file, a part of train is kept for it
+train: {{learning_rate: 2.0e-4, num_train_epochs: 1, max_length: 512, seed: 0}}
+budget: {{forgetting: 0.05}}    # a stage that may have lost more is not committed
+output_dir: runs/first
+"""
+
+
+def add(app: typer.Typer) -> None:
+    """Give the application these commands."""
+    app.command("list")(show)
+    app.command("init")(init)
+    app.command("doctor")(doctor)
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Everything that a recipe can name, by kind."""
+    from retain.data.formats import FORMATS
+    from retain.evaluation.scoring import METRICS
+    from retain.methods import METHODS
+    from retain.models import FAMILIES
+    from retain.models.hub import MODELS
+    from retain.strategies import STRATEGIES
+
+    return {
+        "models": MODELS, "families": FAMILIES, "methods": METHODS, "strategies": STRATEGIES,
+        "metrics": METRICS, "formats": dict.fromkeys(FORMATS) if not isinstance(FORMATS, dict) else FORMATS,
+    }  # fmt: skip
+
+
+def summary(value: Any) -> str:
+    """The first line of what something says of itself."""
+    text = (value.__doc__ or "") if isinstance(value, type) or callable(value) else ""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def settings(kind: type) -> list[dict[str, Any]]:
+    """A choice's fields: name, type, default."""
+    if not is_dataclass(kind):
+        return []
+    found: list[dict[str, Any]] = []
+    for one in fields(kind):
+        default = one.default if one.default is not MISSING else one.default_factory() if one.default_factory is not MISSING else None  # fmt: skip
+        needed = one.default is MISSING and one.default_factory is MISSING
+        found.append({"name": one.name, "type": str(one.type).removeprefix("typing."), "default": default, "required": needed})
+    return found
+
+
+def show(
+    name: Annotated[str | None, typer.Argument(help="a kind (strategies) or one of them (ewc)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False,
+) -> None:
+    """Show models, families, methods, strategies, metrics and formats; of one, every field with its default."""
+    kinds = known()
+    if name is None or name in kinds:
+        chosen = {name: kinds[name]} if name else kinds
+        if as_json:
+            print_json({
+                kind: {key: {"summary": summary(value), "fields": settings(value) if isinstance(value, type) else []}
+                       for key, value in entries.items()} for kind, entries in chosen.items()
+            })  # fmt: skip
+            return
+        for kind, entries in chosen.items():
+            out.print(f"[bold]{kind}[/]")
+            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+            for key, value in entries.items():
+                table.add_row(f"  {key}", summary(value) if isinstance(value, type) else "")
+            out.print(table)
+        return
+    found = {kind: entries[name] for kind, entries in kinds.items() if name in entries}
+    if not found:
+        every = sorted({key for entries in kinds.values() for key in entries} | set(kinds))
+        raise ConfigError(f"nothing is called {name!r}", problems=[f"there are: {', '.join(every)}"])
+    for kind, value in found.items():
+        if as_json:
+            print_json({"kind": kind, "name": name, "doc": value.__doc__, "fields": settings(value)})
+            continue
+        out.print(f"[bold]{name}[/] ({kind})\n", highlight=False)
+        out.print((value.__doc__ or "").strip(), markup=False, highlight=False)
+        table = Table("field", "type", "default", box=None, header_style="bold", pad_edge=False)
+        for one in settings(value) if isinstance(value, type) else []:
+            table.add_row(one["name"], one["type"], "required" if one["required"] else repr(one["default"]))
+        if table.row_count:
+            out.print()
+            out.print(table)
+
+
+def init(path: Annotated[Path, typer.Argument(help="the recipe to write")] = Path("recipe.yaml")) -> None:
+    """Write a complete recipe to start from."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already", hint="name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(RECIPE.format(name=path.name), encoding="utf-8")
+    out.print(f"{path}: put your files in, then `retain train {path}`")
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False) -> None:
+    """Say what this machine has, and what would stop a run."""
+    import torch
+
+    from retain import distributed
+    from retain.models.cache import cache_folder
+    from retain.models.hub import MODELS, available
+
+    cache = cache_folder()
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    facts: dict[str, Any] = {"python": platform.python_version(), "machine": platform.platform()}
+    for package in ("retain", "torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["device"] = str(distributed.device())
+    facts["precision"] = f"auto is {distributed.resolve_precision('auto')}"
+    facts["threads"] = torch.get_num_threads()
+    facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    facts["cache"] = f"{cache} ({shutil.disk_usage(place).free / 2**30:.0f} GiB free)"
+    for name, model in MODELS.items():
+        facts[f"model {name}"] = "ready" if available(name) else f"missing: {model.install}"
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    out.print(table)

@@ -1,0 +1,113 @@
+"""`evaluate`, `report`, `compare`, `chat`: looking at what was learned and lost."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from retain.cli.console import err, out, print_json, show_log
+from retain.lineage import Lineage
+
+__all__ = ["add"]
+
+Target = Annotated[str, typer.Argument(help="a lineage, a model's folder, an offline model or a hub id")]
+Stage = Annotated[int | None, typer.Option(help="which stage of a lineage; the head where not given")]
+
+
+def add(app: typer.Typer) -> None:
+    """Give the application these commands."""
+    for command in (evaluate, report, compare, chat):
+        app.command(command.__name__)(command)
+
+
+def evaluate(
+    target: Target,
+    data: Annotated[str | None, typer.Option("--data", help="rows to score")] = None,
+    metric: Annotated[str, typer.Option(help="how they are scored")] = "auto",
+    stage: Stage = None,
+    probes: Annotated[bool, typer.Option("--probes/--no-probes", help="ask the probes of general abilities")] = True,
+    limit: Annotated[int | None, typer.Option(help="score at most so many rows")] = None,
+    answers: Annotated[Path | None, typer.Option(help="write one JSON line an example here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="scores as JSON on stdout")] = False,
+) -> None:
+    """Score a lineage's stage, or any model, on a file and on the probes."""
+    from dataclasses import asdict
+
+    from retain.inference import load_for_answering
+    from retain.inference import score as score_model
+    from retain.storage.documents import write_lines
+
+    show_log(quiet=as_json)
+    model = load_for_answering(target, stage=stage)
+    evaluation = score_model(model, data, metric=metric, probes=probes, limit=limit)
+    if answers is not None:
+        write_lines(answers, [asdict(answer) for answer in evaluation.answers])
+    if as_json:
+        print_json({name: asdict(score) for name, score in evaluation.scores.items()})
+        return
+    table = Table("suite", "score", "95 %", "metric", "rows", "margin", box=None, header_style="bold", pad_edge=False)
+    for name, score in evaluation.scores.items():
+        margin = "" if score.margin is None else f"{score.margin:+.2f} nats"
+        table.add_row(name, f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}", score.metric, str(score.num), margin)
+    out.print(table)
+
+
+def report(
+    lineage: Annotated[Path, typer.Argument(help="a lineage")],
+    to: Annotated[Path | None, typer.Option("--output", "-o", help="the HTML file; in the lineage's folder where not given")] = None,
+) -> None:
+    """Show what was learned and lost: tables here, and one HTML file that works from a mail."""
+    from retain.report import write_report
+    from retain.report.tables import print_summary
+
+    record = Lineage.open(lineage).record()
+    path = write_report([record], to or lineage / "report.html")
+    print_summary(out, [record])
+    out.print(f"report: {path}")
+
+
+def compare(
+    lineages: Annotated[list[Path], typer.Argument(help="two or more lineages over the same tasks")],
+    to: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path("comparison.html"),
+) -> None:
+    """Put several lineages side by side: new skill against old skill kept."""
+    from retain.report import write_report
+    from retain.report.tables import print_summary
+
+    records = [Lineage.open(path).record() for path in lineages]
+    path = write_report(records, to)
+    print_summary(out, records)
+    out.print(f"report: {path}")
+
+
+def chat(
+    target: Target,
+    stage: Stage = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and stop")] = None,
+    system: Annotated[str | None, typer.Option(help="the system's turn")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 256,
+) -> None:
+    """Talk to a stage of a lineage, or to any model, through the renderer that it was trained with."""
+    from retain.inference import answer, load_for_answering
+    from retain.types import Message
+
+    show_log(quiet=prompt is not None)
+    model = load_for_answering(target, stage=stage)
+    messages = [Message("system", system)] if system else []
+    if prompt is None:
+        err.print("an empty line or Ctrl-D ends", style="dim")
+    while True:
+        try:
+            said = prompt if prompt is not None else out.input("[bold]you:[/] ")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        messages.append(Message("user", said))
+        text = answer(model, messages, temperature=temperature, max_new_tokens=max_new_tokens)
+        messages.append(Message("assistant", text))
+        out.print(text, markup=False, highlight=False)
+        if prompt is not None:
+            return
