@@ -298,6 +298,7 @@ class Lineage:
         with self._changing("discard"):
             if partial := self.partial():
                 partial.rename(partial.with_suffix(".trash"))  # never half a stage that looks resumable
+                sync(partial.parent)
                 self._sweep()
 
     def _refuse_partial(self) -> None:

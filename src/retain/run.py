@@ -12,7 +12,8 @@ memory intact. Interrupted, either goes on from the last checkpoint when it is c
 import difflib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,11 +62,11 @@ def train(
     check_compatibility(config, source.family)
     tasks = load_tasks(config)
     lineage = start_lineage(config, source)
-    with lineage.lock("retain train"):
+    with writing(lineage, "retain train"):
         experiment = open_experiment(config, lineage, source, tasks, observers, sources)
         if lineage.head < 0:
             learn_base(experiment, shared=base)
-        for task in tasks[len(lineage.log()) - 1 :]:
+        for task in tasks[len(experiment.lineage.log()) - 1 :]:
             learn(experiment, task, accept=accept)
     return lineage
 
@@ -87,7 +88,7 @@ def extend(
         observers, accept: as for `train`.
     """
     lineage = Lineage.open(path)
-    with lineage.lock("retain continue"):
+    with writing(lineage, "retain continue"):
         config = load_config(path / "config.yaml", overrides, check_files=False).config
         learned = {stage.name for stage in lineage.log()}
         unfinished = not new or lineage.partial()  # what a rollback left behind is not taken up again
@@ -98,9 +99,10 @@ def extend(
         source = open_source(model.name, model.family, folder=scratch, trust_remote_code=model.trust_remote_code)
         check_compatibility(config, source.family)
         tasks = load_tasks(config, lineage)
-        lineage.save_config(dump_config(config))
+        if distributed.is_main():
+            lineage.save_config(dump_config(config))
         experiment = open_experiment(config, lineage, source, tasks, observers)
-        for task in tasks[len(lineage.log()) - 1 :]:
+        for task in tasks[len(experiment.lineage.log()) - 1 :]:
             learn(experiment, task, accept=accept)
     return lineage
 
@@ -136,8 +138,9 @@ def read_task(folder: Path) -> Task:
 def start_lineage(config: RunConfig, source: Source) -> Lineage:
     """A new lineage in the recipe's `output_dir`, or the one there if the same recipe began it."""
     path, text = config.output_dir, dump_config(config)
-    if not (path / "lineage.json").exists():
-        return Lineage.create(path, base=BaseModel(source.name, source.revision, source.hash), config=text)
+    if distributed.is_main() and not (path / "lineage.json").exists():
+        Lineage.create(path, base=BaseModel(source.name, source.revision, source.hash), config=text)
+    distributed.barrier()
     lineage = Lineage.open(path)
     if lineage.config != text:
         raise ConfigError(
@@ -145,8 +148,16 @@ def start_lineage(config: RunConfig, source: Source) -> Lineage:
             problems=differences(lineage.config, text),
             hint=f"`retain continue {path} --data FILE` adds a task to it; or choose another output_dir",
         )
-    log.info("finishing the lineage in %s: %d of %d tasks are learned", path, max(lineage.head, 0), len(config.tasks))
+    if lineage.head >= 0:
+        log.info("going on with %s: %d of %d tasks are learned", path, len(lineage.log()) - 1, len(config.tasks))
     return lineage
+
+
+@contextmanager
+def writing(lineage: Lineage, command: str) -> Iterator[None]:
+    """Lock the lineage on the process that writes."""
+    with lineage.lock(command) if distributed.is_main() else nullcontext():
+        yield
 
 
 def differences(old: str, new: str) -> list[str]:
@@ -189,7 +200,14 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
         lineage.commit(
             folder, StageRecord(0, "base", scores, answers, provenance=experiment.describe(started, rows=rows, notes=notes))
         )
+    committed(experiment)
+
+
+def committed(experiment: Experiment) -> None:
+    """Let every process see the stage that the first one has written."""
     distributed.barrier()
+    if not distributed.is_main():
+        experiment.lineage = Lineage.open(experiment.lineage.path)
 
 
 def protected_rows(experiment: Experiment) -> tuple[Example, ...]:
@@ -246,7 +264,7 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
             enforce_budget(line, record, config.budget.forgetting)
         lineage.commit(folder, record)
     experiment.earlier.clear()
-    distributed.barrier()
+    committed(experiment)
 
 
 def begin(lineage: Lineage, name: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retain import distributed
-from retain.data.packing import OverflowCounts, fit_length, micro_batches
+from retain.data.packing import Overflow, OverflowCounts, fit_length, micro_batches
 from retain.data.rendering import Renderer
 from retain.methods.method import Method
 from retain.models.family import Family, Outputs
@@ -66,7 +66,7 @@ class BoundTask:
     packed: bool
     precision: str
     seed: int = 0
-    on_overflow: str = "error"
+    on_overflow: Overflow = "error"
     overflow_threshold: float = 0.0
     encoded: dict[tuple[str, float], Encoded] = field(default_factory=dict[tuple[str, float], Encoded], repr=False)
 
@@ -83,13 +83,16 @@ class BoundTask:
         return replace(self.encoded[key], example=example)
 
     def rows(self, examples: Sequence[Example]) -> tuple[list[Encoded], OverflowCounts]:
-        """The examples encoded and within `max_length`, and what that cost."""
-        return fit_length(
-            [self.encode(example) for example in examples],
-            max_length=self.max_length,
-            on_overflow=self.on_overflow,
-            threshold=self.overflow_threshold,
+        """The examples encoded and within `max_length`, and what that cost the task's own.
+
+        Rows from a memory were taken once already, or written by a model: where they are too long, they are cut.
+        """
+        own = [self.encode(example) for example in examples if example.source == "task"]
+        others = [self.encode(example) for example in examples if example.source != "task"]
+        kept, counts = fit_length(
+            own, max_length=self.max_length, on_overflow=self.on_overflow, threshold=self.overflow_threshold
         )
+        return [*kept, *fit_length(others, max_length=self.max_length, on_overflow="truncate")[0]], counts
 
     def collate(self, rows: Sequence[Encoded]) -> list[Batch]:
         """The rows, in order, as micro-batches within the token budget, on the device."""

@@ -2,6 +2,7 @@
 
 import typer
 
+from retain import distributed
 from retain.cli import data, information, lineages, measuring, training
 from retain.cli.console import reporting_errors
 
@@ -23,4 +24,8 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """The `retain` command."""
     with reporting_errors():
-        app()
+        distributed.start()
+        try:
+            app()
+        finally:
+            distributed.stop()

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from retain import distributed
 from retain.errors import RetainError
 from retain.types import StepInfo
 
@@ -33,7 +34,7 @@ def show_log(*, quiet: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logger = logging.getLogger("retain")
     logger.handlers = [RichHandler(console=err, show_path=False, show_level=False, omit_repeated_times=False)]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.WARNING if quiet or not distributed.is_main() else logging.INFO)
 
 
 def print_json(value: Any) -> None:
@@ -72,7 +73,7 @@ def training_progress() -> Iterator[Callable[[StepInfo], None]]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=False, refresh_per_second=4) as progress:
+    with Progress(*columns, console=err, refresh_per_second=4, disable=not distributed.is_main()) as progress:
         bars: dict[str, Any] = {}
 
         def observe(info: StepInfo) -> None:

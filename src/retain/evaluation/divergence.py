@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from retain.data.packing import micro_batches
+from retain.data.packing import fit_length, micro_batches
 from retain.data.rendering import Renderer
 from retain.errors import ModelError
 from retain.models.family import Family, Outputs
@@ -37,6 +37,7 @@ class Distribution:
     Args:
         texts: the texts' ids.
         counts: how many positions each text has; the tensors hold them one text after another.
+        max_length: tokens that were read of each text, at most.
         targets: (positions,), int32, the token that followed: another tokenizer is noticed.
         top_ids: (positions, top), int32, the likeliest tokens.
         top_log_probs: (positions, top), float32, their log-probabilities, nats.
@@ -45,6 +46,7 @@ class Distribution:
 
     texts: tuple[str, ...]
     counts: tuple[int, ...]
+    max_length: int
     targets: Tensor
     top_ids: Tensor
     top_log_probs: Tensor
@@ -58,15 +60,16 @@ class Distribution:
             "top_log_probs": self.top_log_probs,
             "rest": self.rest,
         }
-        save_file(tensors, path, metadata={"texts": json.dumps(self.texts), "counts": json.dumps(self.counts)})
+        known = {"texts": self.texts, "counts": self.counts, "max_length": self.max_length}
+        save_file(tensors, path, metadata={name: json.dumps(value) for name, value in known.items()})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            known = {name: json.loads(value) for name, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in ("targets", "top_ids", "top_log_probs", "rest")}
-        return cls(tuple(json.loads(metadata["texts"])), tuple(json.loads(metadata["counts"])), **tensors)
+        return cls(tuple(known["texts"]), tuple(known["counts"]), known["max_length"], **tensors)
 
 
 @torch.no_grad()
@@ -77,6 +80,7 @@ def base_distribution(
     texts: Sequence[Example],
     *,
     top: int = 64,
+    max_length: int = 64,
     max_tokens: int = 2048,
 ) -> Distribution:
     """What the base model expects at every position of the texts but the first.
@@ -87,10 +91,11 @@ def base_distribution(
         renderer: with the model's tokenizer.
         texts: raw text, ids all different.
         top: how many tokens are kept at a position, 1 or more.
+        max_length: how many tokens are read of each text: more texts say more than longer ones.
         max_tokens: padded tokens of one pass.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
-    for batch in _batches(model, family, renderer, texts, max_tokens):
+    for batch in _batches(model, family, renderer, texts, max_length, max_tokens):
         outputs = family.forward(model, batch)
         parts: list[tuple[Tensor, ...]] = []
         for chunk in _chunks(outputs):
@@ -106,7 +111,7 @@ def base_distribution(
     ordered = [found[text.id] for text in texts]
     targets, top_ids, top_log_probs, rest = (torch.cat(column) for column in zip(*ordered, strict=True))
     counts = tuple(len(piece[0]) for piece in ordered)
-    return Distribution(tuple(text.id for text in texts), counts, targets, top_ids, top_log_probs, rest)
+    return Distribution(tuple(text.id for text in texts), counts, max_length, targets, top_ids, top_log_probs, rest)
 
 
 @torch.no_grad()
@@ -131,7 +136,7 @@ def kl_to_base(
     """
     places = dict(zip(distribution.texts, _slices(distribution.counts), strict=True))
     nats: dict[str, float] = {}
-    for batch in _batches(model, family, renderer, texts, max_tokens):
+    for batch in _batches(model, family, renderer, texts, distribution.max_length, max_tokens):
         unknown = torch.empty(0, dtype=torch.long)
         where = torch.cat([places.get(example.id, unknown) for example in batch.examples])
         targets = batch.targets[batch.counted]
@@ -160,12 +165,13 @@ def kl_to_base(
 
 
 def _batches(
-    model: nn.Module, family: Family, renderer: Renderer, texts: Sequence[Example], max_tokens: int
+    model: nn.Module, family: Family, renderer: Renderer, texts: Sequence[Example], max_length: int, max_tokens: int
 ) -> Iterator[Batch]:
     """The texts on the model's device, padded: a soft prompt would leak between texts in one row."""
     device = next(model.parameters()).device
-    rows = sorted((family.encode(text, renderer) for text in texts), key=lambda row: row.num_tokens)
-    for group in micro_batches(rows, max_tokens=max_tokens, packed=False):
+    encoded = [family.encode(text, renderer) for text in texts]
+    rows, _ = fit_length(encoded, max_length=max_length, on_overflow="truncate")
+    for group in micro_batches(sorted(rows, key=lambda row: row.num_tokens), max_tokens=max_tokens, packed=False):
         batch = family.collate(group, renderer.tokenizer, packed=False)
         yield replace(
             batch,

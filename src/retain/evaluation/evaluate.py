@@ -9,7 +9,7 @@ from torch import nn
 from retain.data.rendering import Renderer
 from retain.errors import ConfigError
 from retain.evaluation.divergence import Distribution, base_distribution, kl_to_base
-from retain.evaluation.probes import balanced, load_probes, load_texts, score_probes
+from retain.evaluation.probes import balanced, load_probes, score_probes, some_texts
 from retain.evaluation.scoring import mean_score, score_task
 from retain.evaluation.statistics import interval
 from retain.models.family import Family
@@ -27,6 +27,8 @@ class EvaluationConfig:
         probes: ask the built-in probes of general abilities.
         kl: measure the KL to the base model on built-in texts.
         max_probes: ask at most so many, balanced over abilities; None: all.
+        max_texts: measure the KL on at most so many texts, the same at every stage; None: all.
+        text_tokens: read at most so many tokens of each text; that of the base model's own evaluation holds.
         batch_tokens: padded tokens of one pass over the texts.
 
     Raises:
@@ -36,10 +38,12 @@ class EvaluationConfig:
     probes: bool = True
     kl: bool = True
     max_probes: int | None = None
+    max_texts: int | None = None
+    text_tokens: int = 64
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        given = {"max_probes": self.max_probes, "batch_tokens": self.batch_tokens}
+        given = {"max_probes": self.max_probes, "max_texts": self.max_texts, "batch_tokens": self.batch_tokens}
         problems = [
             f"{name}: expected a whole number above 0, got {value}"
             for name, value in given.items()
@@ -141,9 +145,11 @@ def _kl(
     seed: int,
 ) -> tuple[dict[str, Score], list[Answer], Distribution]:
     """The KL to the base model, every text's share of it, and the base model's distribution."""
-    texts = load_texts()
+    texts = some_texts(config.max_texts, seed=seed)
     if base is None:
-        base = base_distribution(model, family, renderer, texts, max_tokens=config.batch_tokens)
+        base = base_distribution(
+            model, family, renderer, texts, max_length=config.text_tokens, max_tokens=config.batch_tokens
+        )
         nats = dict.fromkeys(base.texts, 0.0)
     else:
         _, nats = kl_to_base(model, family, renderer, texts, base, max_tokens=config.batch_tokens)

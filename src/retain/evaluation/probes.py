@@ -19,7 +19,7 @@ from retain.evaluation.scoring import choice_margin
 from retain.models.family import Family
 from retain.types import Answer, Example, Probe
 
-__all__ = ["balanced", "load_probes", "load_texts", "score_probes"]
+__all__ = ["balanced", "load_probes", "load_texts", "score_probes", "some_texts"]
 
 
 def load_probes() -> tuple[Probe, ...]:
@@ -33,6 +33,14 @@ def load_probes() -> tuple[Probe, ...]:
 def load_texts() -> tuple[Example, ...]:
     """The built-in running text that the KL to the base model is measured on."""
     return tuple(Example(row["id"], text=row["text"]) for row in _rows("texts.jsonl"))
+
+
+def some_texts(max_texts: int | None, *, seed: int) -> tuple[Example, ...]:
+    """A seeded sample of the built-in texts, in their order; all of them where no number is given."""
+    texts = load_texts()
+    if max_texts is None or max_texts >= len(texts):
+        return texts
+    return tuple(texts[place] for place in sorted(Random(seed).sample(range(len(texts)), max_texts)))
 
 
 def balanced(probes: Sequence[Probe], max_probes: int, *, seed: int) -> tuple[Probe, ...]:

@@ -15,3 +15,4 @@ class Sequential(Strategy):
     name: ClassVar[str] = "sequential"
     needs_gradients: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
