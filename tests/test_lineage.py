@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from retain.lineage import CHECKPOINTS, BaseModel, Lineage, load_state, save_sta
 from retain.types import Answer, Example, Score, StageRecord
 
 BASE = BaseModel("smollm2-135m", "main", "abc")
+DIED = 9
 CONFIG = "model: smollm2-135m\nmô-tả: Hà Nội\n"
 MEMORY = {"fisher/w": torch.ones(3, dtype=torch.bfloat16), "memory": [Example("a", text="x")], "seen": 4}
 
@@ -35,14 +36,21 @@ def fill(partial: Path, index: int) -> None:
     for name in ("weights", CHECKPOINTS):
         (partial / name).mkdir(exist_ok=True)
         (partial / name / "model.safetensors").write_bytes(b"weights %d" % index)
-    save_state(MEMORY, partial / "memory")
 
 
-def add(lineage: Lineage, name: str) -> int:
+def add(lineage: Lineage, name: str, *, memory: bool = False) -> int:
     partial, index = lineage.begin(name), lineage.next_index
     fill(partial, index)
+    if memory:
+        save_state(MEMORY, partial / "memory")
     lineage.commit(partial, record_of(index, name))
     return index
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the disk; `Faults` looks at what is synced."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def lineage(tmp_path: Path) -> Lineage:
     """Stage 0 and two tasks."""
     lineage = Lineage.create(tmp_path / "my-model", base=BASE, config=CONFIG)
     for name in ("base", "banking", "legal"):
-        add(lineage, name)
+        add(lineage, name, memory=True)
     return lineage
 
 
@@ -64,8 +72,8 @@ def names(lineage: Lineage) -> list[str]:
 def test_the_layout(lineage: Lineage):
     lineage.begin("next")
     found = {path.relative_to(lineage.path).as_posix() for path in lineage.path.rglob("*")}
-    stage = {"weights", "weights/model.safetensors", "memory", "scores.json", "answers.jsonl", "history.jsonl", "stage.json"}
-    memory = {"memory/state.json", "memory/tensors.safetensors", "memory/memory.jsonl"}
+    stage = {"weights", "weights/model.safetensors", "scores.json", "answers.jsonl", "history.jsonl", "stage.json"}
+    memory = {"memory", "memory/state.json", "memory/tensors.safetensors", "memory/memory.jsonl"}
     folders = ["0000-base", "0001-banking", "0002-legal"]
     assert found == {
         "lineage.json", "config.yaml", "stages", "stages/.0003-next.partial",
@@ -129,7 +137,7 @@ def test_a_stage_in_progress_is_found_again(lineage: Lineage):
     assert again.partial() == partial
     assert again.begin("luật/thuế") == partial
     assert (partial / "checkpoint").exists()
-    with pytest.raises(LineageError, match="0003-luật-thuế-.* is in progress"):
+    with pytest.raises(LineageError, match=r"0003-luật-thuế-.* is in progress"):
         again.begin("other")
     again.discard_partial()
     assert again.partial() is None
@@ -198,7 +206,7 @@ def test_rollback_and_forward(lineage: Lineage):
 
 def test_the_head_moves_only_where_it_can(lineage: Lineage):
     lineage.rollback(1)
-    with pytest.raises(LineageError, match="stage 2 of .* is off the line") as caught:
+    with pytest.raises(LineageError, match=r"stage 2 of .* is off the line") as caught:
         lineage.rollback(2)
     assert caught.value.problems == ("the line is 0 (base), 1 (banking)",)
     with pytest.raises(LineageError, match="is on the line"):
@@ -206,7 +214,7 @@ def test_the_head_moves_only_where_it_can(lineage: Lineage):
     with pytest.raises(LineageError, match="no stage 7"):
         lineage.rollback(7)
     lineage.begin("menus")
-    with pytest.raises(LineageError, match="0002|0003-menus of .* is in progress"):
+    with pytest.raises(LineageError, match="0003-menus of"):
         lineage.rollback(0)
     with pytest.raises(LineageError, match="is in progress"):
         lineage.rollforward(2)
@@ -259,7 +267,8 @@ def test_a_branch_needs_an_empty_place(lineage: Lineage, tmp_path: Path):
 
 def test_the_record_is_of_the_line(lineage: Lineage):
     record = lineage.record()
-    assert (record.title, record.model, record.method, record.strategy) == ("my-model", "smollm2-135m", "lora", "replay, then ewc")
+    assert (record.title, record.model) == ("my-model", "smollm2-135m")
+    assert (record.method, record.strategy) == ("lora", "replay, then ewc")
     assert (record.tasks, record.notes) == (("banking", "legal"), ("4 bits",))
     assert record.stages == (record_of(0, "base"), record_of(1, "banking"), record_of(2, "legal"))
     lineage.rollback(1)
@@ -269,11 +278,11 @@ def test_the_record_is_of_the_line(lineage: Lineage):
 def test_damage_is_never_read(lineage: Lineage):
     (lineage.stage_folder(1) / "answers.jsonl").write_text("")
     (lineage.stage_folder(2) / "weights" / "model.safetensors").write_bytes(b"weights X")
-    with pytest.raises(LineageError, match="stage 1 of .* is damaged") as caught:
+    with pytest.raises(LineageError, match=r"stage 1 of .* is damaged") as caught:
         lineage.load_stage(1)
     assert "roll back to before stage 1" in caught.value.hint
     assert lineage.load_stage(2) == record_of(2, "legal")
-    with pytest.raises(LineageError, match="stage 2 of .* is damaged"):
+    with pytest.raises(LineageError, match=r"stage 2 of .* is damaged"):
         lineage.verified_folder(2)
     assert lineage.verified_folder(0) == lineage.path / "stages" / "0000-base"
     with pytest.raises(LineageError):
@@ -287,12 +296,11 @@ def test_verify_says_what_is_wrong_and_what_to_do(lineage: Lineage):
     (lineage.stage_folder(1) / "extra").touch()
     (lineage.path / "stages" / "0001-banking-copy").mkdir()
     shutil.rmtree(lineage.stage_folder(2))
-    stages = lineage.path / "stages"
+    stages, way_out = lineage.path / "stages", "Restore it from a backup, or roll back to before stage"
     assert Lineage.open(lineage.path).verify() == [
         f"{stages}/0000-base/scores.json: missing. Restore it from a backup",
-        f"{stages}/0001-banking/extra: was not there at commit. "
-        "Restore it from a backup, or roll back to before stage 1 and prune",
-        f"{stages}/0002-legal: the folder is missing. Restore it from a backup, or roll back to before stage 2 and prune",
+        f"{stages}/0001-banking/extra: was not there at commit. {way_out} 1 and prune",
+        f"{stages}/0002-legal: the folder is missing. {way_out} 2 and prune",
         f"{stages}/0001-banking-copy: no part of the lineage. Move it away, or delete it",
     ]
     lineage.discard_partial()
@@ -335,22 +343,20 @@ def test_one_writer(lineage: Lineage):
 # Crashes: every call that changes the disk fails in turn
 
 
-class Died(BaseException):
-    """The process is gone: nothing in it runs any more."""
-
-
 class Faults:
     """Counts the calls that change the disk, makes the k-th one fail, and knows what a power cut would take.
 
     Modes:
-        full: the call says that the disk is full; the process goes on.
+        full: the call says that the disk is full, and the process goes on. Deleting is never refused.
         killed: the process is gone; what it wrote stays.
-        power: as killed, and all that was not synced is lost: contents are cut in half, names are as before.
+        power: the process is gone, and all that was not synced: new names are the old ones, contents are cut in half.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str, at: int) -> None:
-        self.mode, self.at, self.count, self.dead = mode, at, 0, False
-        self.synced: set[tuple[int, int, int]] = set()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str, at: int, folder: Path) -> None:
+        self.mode, self.at, self.folder, self.count = mode, at, folder, 0
+        # What was there before is on the disk, but not what others wrote for the stage in progress.
+        before = [path for path in folder.parent.rglob("*") if ".partial" not in str(path)]
+        self.synced = {identity(path) for path in before}
         self.undo: list[tuple[Path, Callable[[], Any]]] = []
         for name in ("mkdir", "link") if mode == "full" else ("mkdir", "link", "unlink", "rmdir"):
             monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
@@ -361,11 +367,12 @@ class Faults:
 
     def step(self) -> None:
         self.count += 1
-        if self.dead or (self.count == self.at and self.mode != "full"):
-            self.dead = True
-            raise Died
         if self.count == self.at:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            if self.mode == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if self.mode == "power":
+                self.lose_power()
+            os._exit(DIED)
 
     def counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -392,40 +399,46 @@ class Faults:
         return call
 
     def sync(self, descriptor: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
         if place.is_dir():
             self.undo = [(folder, back) for folder, back in self.undo if folder != place]
         else:
             self.synced.add(identity(place))
 
     def opening(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        step = self.step
+
+        class Halting:
+            """Writes in two halves; in between things happen."""
+
+            def __init__(self, file: BinaryIO) -> None:
+                self.file, self.flush, self.fileno = file, file.flush, file.fileno
+
+            def write(self, data: bytes) -> None:
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+                step()
+                self.file.write(data[len(data) // 2 :])
+
         @contextmanager
-        def writing(path: Path, mode: str) -> Iterator[BinaryIO]:
+        def writing(path: Path, mode: str) -> Iterator[Halting]:
             with real(path, mode) as file:
-                write = file.write
-
-                class Counted:
-                    def write(_, data: bytes) -> None:  # noqa: N805
-                        write(data[: len(data) // 2])
-                        file.flush()
-                        self.step()  # half of it is on the disk already
-                        write(data[len(data) // 2 :])
-
-                    flush, fileno = file.flush, file.fileno
-
-                yield Counted()  # type: ignore[misc]
+                yield Halting(file)
 
         def call(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            return writing(path, mode) if "w" in mode else real(path, mode, *args, **options)
+            return writing(path, mode) if mode == "wb" else real(path, mode, *args, **options)
 
         return call
 
-    def lose_power(self, folder: Path) -> None:
-        for _, back in reversed(self.undo):
-            back()
-        for path in folder.rglob("*"):
+    def lose_power(self) -> None:
+        self.at = 0  # what follows is not the process's doing
+        for folder, back in reversed(self.undo):
+            if folder.exists():
+                back()
+        for path in self.folder.rglob("*"):
             if path.is_file() and identity(path) not in self.synced:
-                os.truncate(path, path.stat().st_size // 2)
+                os.truncate(path, 0 if path.name == "lineage.lock" else path.stat().st_size // 2)
+                os.utime(path, (0, 0))  # until the machine is up again, minutes pass
 
 
 def identity(path: Path) -> tuple[int, int, int]:
@@ -434,93 +447,82 @@ def identity(path: Path) -> tuple[int, int, int]:
 
 def crashes(folder: Path, mode: str, prepare: Callable[[], Any], act: Callable[[Any], Any]) -> Iterator[int]:
     """Run `act` again and again on a fresh folder, each time failing one call later, until nothing fails."""
+
+    def attempt(given: Any, at: int) -> bool:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            faults = Faults(monkeypatch, mode, at, folder)
+            with suppress(LineageError) if mode == "full" else nullcontext():
+                act(given)
+            return faults.count >= at
+
     for at in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         given = prepare()
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            faults = Faults(monkeypatch, mode, at)
-            faults.synced = {identity(path) for path in folder.parent.rglob("*") if "partial" not in str(path)}
-            with suppress(Died):
-                if mode == "full":
-                    with suppress(LineageError):
-                        act(given)
-                else:
-                    act(given)
-        if faults.count < at:
+        if mode == "full":
+            failed = attempt(given, at)
+            assert not failed or list(folder.glob("lineage.[lo][oc]*")) == []
+        else:
+            if (child := os.fork()) == 0:
+                os._exit(attempt(given, at))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert code in (0, DIED)
+            failed = code == DIED
+        if not failed:
             assert at > 5
             return
-        if mode == "full":
-            assert list(folder.glob("lineage.[lo][oc]*")) == []
-        else:
-            if mode == "power":
-                faults.lose_power(folder)
-            for left in ("lineage.lock", "lineage.owner.json"):  # the next process takes over a dead one's lock
-                (folder / left).unlink(missing_ok=True)
         yield at
     raise AssertionError("it never ends")
 
 
-MODES = pytest.mark.parametrize("mode", ["full", "killed", "power"])
+MODES = pytest.mark.parametrize("mode", ["full", "power", pytest.param("killed", marks=pytest.mark.slow)])
 
 
 @pytest.fixture
-def prepared(lineage: Lineage, tmp_path: Path) -> Callable[[], Lineage]:
-    template = shutil.copytree(lineage.path, tmp_path / "template")
+def prepared(tmp_path: Path) -> Callable[[], Lineage]:
+    """Makes a lineage of stage 0 and one task, anew at every call."""
+    template, place = tmp_path / "template", tmp_path / "my-model"
+    lineage = Lineage.create(template, base=BASE, config=CONFIG)
+    add(lineage, "base")
+    add(lineage, "banking")
 
     def prepare() -> Lineage:
-        shutil.rmtree(lineage.path, ignore_errors=True)
-        shutil.copytree(template, lineage.path)
-        return Lineage.open(lineage.path)
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(template, place)
+        return Lineage.open(place)
 
     return prepare
 
 
 @MODES
 def test_a_commit_happens_wholly_or_not_at_all(mode: str, prepared: Callable[[], Lineage], tmp_path: Path):
-    folder, record = tmp_path / "my-model", record_of(3, "menus")
+    folder, record = tmp_path / "my-model", record_of(2, "legal")
     outcomes: list[int] = []
 
     def prepare() -> tuple[Lineage, Path]:
         lineage = prepared()
-        partial = lineage.begin("menus")
-        fill(partial, 3)
+        partial = lineage.begin("legal")
+        fill(partial, 2)
         return lineage, partial
 
     for _ in crashes(folder, mode, prepare, lambda given: given[0].commit(given[1], record)):
         lineage = Lineage.open(folder)
         assert lineage.verify() == []
-        assert [lineage.load_stage(index) for index in range(3)] == [record_of(i, n) for i, n in enumerate(names(lineage)[:3])]
         outcomes.append(lineage.head)
-        if lineage.head == 2:  # nothing happened: the stage in progress is still there, and the same command goes on
-            partial = lineage.begin("menus")
-            fill(partial, 3)
+        if lineage.head == 1:  # nothing happened: the stage in progress is still there, and the same command goes on
+            partial = lineage.begin("legal")
+            assert (partial / CHECKPOINTS / "model.safetensors").exists()
+            fill(partial, 2)
             lineage.commit(partial, record)
         again = Lineage.open(folder)
-        assert (again.head, again.load_stage(3), again.partial()) == (3, record, None)
-        assert (again.verified_folder(3) / "weights" / "model.safetensors").read_bytes() == b"weights 3"
         with again.lock("x"):
             pass
-        assert not (again.stage_folder(3) / CHECKPOINTS).exists()
-        assert add(again, "one more") == 4
-        assert Lineage.open(folder).verify() == []
-    assert sorted(outcomes) == outcomes  # there is one instant before which nothing has happened and after which all has
-    assert set(outcomes) == {2, 3}
-
-
-@MODES
-def test_a_crash_in_a_commit_keeps_the_checkpoints_of_a_stage_that_did_not_happen(
-    mode: str, prepared: Callable[[], Lineage], tmp_path: Path
-):
-    def prepare() -> tuple[Lineage, Path]:
-        lineage = prepared()
-        partial = lineage.begin("menus")
-        fill(partial, 3)
-        return lineage, partial
-
-    for _ in crashes(tmp_path / "my-model", mode, prepare, lambda given: given[0].commit(given[1], record_of(3, "menus"))):
-        lineage = Lineage.open(tmp_path / "my-model")
-        if partial := lineage.partial():
-            assert (partial / CHECKPOINTS / "model.safetensors").exists()
+        assert (again.head, again.load_stage(2), again.partial(), again.verify()) == (2, record, None, [])
+        assert (again.stage_folder(2) / "weights" / "model.safetensors").read_bytes() == b"weights 2"
+        assert not (again.stage_folder(2) / CHECKPOINTS).exists()
+        assert again.begin("one more").name.startswith(".0003-one-more-")
+    assert set(outcomes) == {1, 2}
+    if mode != "full":  # there is one instant before which nothing has happened and after which all has
+        assert sorted(outcomes) == outcomes
 
 
 CHANGES: dict[str, Callable[[Lineage], Any]] = {
@@ -551,12 +553,13 @@ def test_every_change_happens_wholly_or_not_at_all(
         assert state(Lineage.open(tmp_path / "my-model")) == after
 
 
+@pytest.mark.slow
 @MODES
 def test_pruning_and_discarding_go_on_after_a_crash(mode: str, prepared: Callable[[], Lineage], tmp_path: Path):
     def prepare() -> Lineage:
         lineage = prepared()
-        lineage.rollback(1)
-        fill(lineage.begin("menus"), 3)
+        lineage.rollback(0)
+        fill(lineage.begin("menus"), 2)
         return lineage
 
     def act(lineage: Lineage) -> None:
@@ -566,14 +569,16 @@ def test_pruning_and_discarding_go_on_after_a_crash(mode: str, prepared: Callabl
     for _ in crashes(tmp_path / "my-model", mode, prepare, act):
         lineage = Lineage.open(tmp_path / "my-model")
         assert lineage.verify() == []
-        assert names(lineage) == ["base", "banking"]
-        if partial := lineage.partial():
-            assert (partial / "memory" / "state.json").exists()  # discarded wholly or not at all
+        assert names(lineage) == ["base"]
+        if partial := lineage.partial():  # discarded wholly or not at all
+            assert (partial / "weights" / "model.safetensors").exists()
+            assert (partial / CHECKPOINTS / "model.safetensors").exists()
         act(lineage)
-        assert sorted(path.name for path in (lineage.path / "stages").iterdir()) == ["0000-base", "0001-banking"]
-        assert Lineage.open(lineage.path).next_index == 3
+        assert [path.name for path in (lineage.path / "stages").iterdir()] == ["0000-base"]
+        assert Lineage.open(lineage.path).next_index == 2
 
 
+@pytest.mark.slow
 @MODES
 def test_creating_can_be_repeated_after_a_crash(mode: str, tmp_path: Path):
     folder = tmp_path / "new"
@@ -581,7 +586,7 @@ def test_creating_can_be_repeated_after_a_crash(mode: str, tmp_path: Path):
     def create(_: None) -> Lineage:
         return Lineage.create(folder, base=BASE, config=CONFIG)
 
-    for _ in crashes(folder, mode, lambda: folder.mkdir(), create):
+    for _ in crashes(folder, mode, folder.mkdir, create):
         with suppress(LineageError):
             create(None)
         lineage = Lineage.open(folder)
@@ -589,14 +594,15 @@ def test_creating_can_be_repeated_after_a_crash(mode: str, tmp_path: Path):
         assert add(lineage, "base") == 0
 
 
+@pytest.mark.slow
 @MODES
-def test_a_branch_is_whole_or_not_there(mode: str, lineage: Lineage, tmp_path: Path):
-    place = tmp_path / "branches"
+def test_a_branch_is_whole_or_not_there(mode: str, prepared: Callable[[], Lineage], tmp_path: Path):
+    lineage, place = prepared(), tmp_path / "branches"
 
     def branch(_: None) -> Lineage:
         return lineage.branch(1, place / "b")
 
-    for _ in crashes(place, mode, lambda: place.mkdir(), branch):
+    for _ in crashes(place, mode, place.mkdir, branch):
         if (place / "b").exists():
             assert Lineage.open(place / "b").verify() == []
         else:
@@ -623,38 +629,36 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_lineage import BASE, CONFIG, Lineage, add, fill, names, record_of
+from test_lineage import BASE, CONFIG, Lineage, add, names, record_of
 
-folder, rng, notes, cut = Path(sys.argv[1]), random.Random(0), 0, 0
+os.fsync = lambda _: None  # a kill loses nothing that was written
+folder, rng, notes, cut, kills, known = Path(sys.argv[1]), random.Random(0), 0, 0, 0, []
 Lineage.create(folder, base=BASE, config=CONFIG)
-for kill in range(25):
-    before = names(Lineage.open(folder))
+while kills < 20 or min(len(known), notes, cut) < 3:
     if (child := os.fork()) == 0:
         lineage = Lineage.open(folder)
         with lineage.lock("child"):
             while True:
                 add(lineage, f"task {lineage.next_index}")
-    time.sleep(rng.uniform(0.0, 0.06))
+    time.sleep(rng.uniform(0.0, 0.08))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    kills += 1
     lineage = Lineage.open(folder)
     assert lineage.verify() == [], lineage.verify()
-    assert names(lineage)[: len(before)] == before, "a committed stage is gone"
-    for stage in lineage.stages[len(before):]:
+    assert names(lineage)[: len(known)] == known, "a committed stage is gone"
+    for stage in lineage.stages[len(known):]:
         assert lineage.load_stage(stage.index) == record_of(stage.index, stage.name)
+    known = names(lineage)
     cut += lineage.partial() is not None
     with lineage.lock("parent") as note:
         notes += note.startswith("took over the lock of `child`")
-assert names(lineage) == [f"task {index}" for index in range(len(names(lineage)))]
-print(len(names(lineage)), notes, cut)
+assert known == [f"task {index}" for index in range(len(known))]
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants(tmp_path: Path):
     command = [sys.executable, "-c", KILLS, tmp_path / "killed", Path(__file__).parent]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    committed, notes, cut = map(int, done.stdout.split())
-    assert committed > 5
-    assert notes > 5  # the lock of a killed process was taken over
-    assert cut > 5  # it was killed in the middle of a stage

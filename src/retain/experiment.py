@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retain import distributed
-from retain.config import RunConfig
+from retain.config import RunConfig, settings
 from retain.data.rendering import Renderer
 from retain.evaluation.divergence import Distribution
 from retain.evaluation.evaluate import Evaluation, evaluate
@@ -98,7 +98,7 @@ class Experiment:
             precision=self.precision,
             seconds=time.perf_counter() - started,
             examples=rows,
-            sources=self.sources,
+            settings=settings(self.config, self.sources),
             **more,
         )
 

@@ -24,8 +24,8 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def provenance(
     *, method: str, strategy: str, seed: int, precision: str, examples: Sequence[Example] = (),
-    history: Sequence[StepInfo] = (), seconds: float = 0.0, notes: Sequence[str] = (), sources: Mapping[str, str] | None = None,
-    **more: Any,
+    history: Sequence[StepInfo] = (), seconds: float = 0.0, notes: Sequence[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What `stage.json` says of a stage besides its files.
 
@@ -36,7 +36,7 @@ def provenance(
         history: the steps.
         seconds: of the whole stage: training, consolidation and scoring.
         notes: what a reader should know, as sentences.
-        sources: where each setting came from.
+        settings: by dotted key, `{value, source}`.
         more: anything else that JSON can hold.
     """
     training = sum(info.seconds for info in history)
@@ -60,6 +60,6 @@ def provenance(
         "tokens_per_second": round(tokens / training, 1) if training else 0.0,
         "seconds": round(seconds, 3),
         "notes": list(notes),
-        "sources": dict(sources or {}),
+        "settings": dict(settings or {}),
         **more,
     }

@@ -89,7 +89,8 @@ def extend(
     """
     lineage = Lineage.open(path)
     with writing(lineage, "retain continue"):
-        config = load_config(path / "config.yaml", overrides, check_files=False).config
+        loaded = load_config(path / "config.yaml", overrides, check_files=False)
+        config, sources = loaded.config, {k: "lineage" if v == "recipe" else v for k, v in loaded.sources.items()}
         learned = {stage.name for stage in lineage.log()}
         unfinished = not new or lineage.partial()  # what a rollback left behind is not taken up again
         kept = [task for task in config.tasks if task.name in learned or unfinished]
@@ -101,7 +102,7 @@ def extend(
         tasks = load_tasks(config, lineage)
         if distributed.is_main():
             lineage.save_config(dump_config(config))
-        experiment = open_experiment(config, lineage, source, tasks, observers)
+        experiment = open_experiment(config, lineage, source, tasks, observers, sources)
         for task in tasks[len(experiment.lineage.log()) - 1 :]:
             learn(experiment, task, accept=accept)
     return lineage

@@ -107,6 +107,22 @@ def test_the_error_of_the_design(recipe):
     ]
 
 
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("strategy.1.x=1", "retain list ewc"),
+        ("strategy.0.name=x", "retain list strategies"),
+        ("method.x=1", "retain list lora"),
+        ("method=x", "retain list methods"),
+        ("train.x=1", "retain init"),
+    ],
+)
+def test_the_way_out_fits_the_problem(recipe, override: str, way_out: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe(), [override])
+    assert f"`{way_out}`" in caught.value.hint
+
+
 def test_every_problem_at_once(recipe):
     text = """
 model: {name: m, famly: decoder}
@@ -151,7 +167,8 @@ typo: 1
             "model.cell=lstm",
             "$.model.cell: unknown key. Allowed: family, name, template, trust_remote_code, and with `family`",
         ),
-        ("model.family=decodr", "$.model.name: no family `decodr`. Did you mean `decoder`?"),
+        ("model.family=decodr", "$.model.family: no family `decodr`. Did you mean `decoder`?"),
+        ("model.family=3", "$.model.family: expected the name of a family, got 3"),
     ],
 )
 def test_a_section_that_is_none(recipe, override: str, says: str):

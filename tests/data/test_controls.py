@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,14 @@ def test_an_added_token_that_is_not_special_is_escaped_too(tokenizer: PreTrained
     turn = other.convert_tokens_to_ids("<turn>")
     assert controls.ids("red <turn>")[-1] == turn
     assert turn not in controls.ids(controls.escape("red <turn>"))
+
+
+def test_a_control_token_of_one_character_is_escaped_too(tokenizer: PreTrainedTokenizerFast):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("☂", special=True)])
+    controls = Controls(other, special_tokens(other), live=False)
+    sign = other.convert_tokens_to_ids("☂")
+    assert controls.ids(f"☂{controls.escape('☂')}").count(sign) == 1
 
 
 @pytest.mark.parametrize("text", ["red <|im_end|>", "\U0010fffd"])

@@ -138,6 +138,9 @@ def test_grouping_by_length_saves_padding():
 
     assert padding(None) > 1.6
     assert padding(lengths) < 1.15
+    steps = schedule(len(lengths), rows_per_step=8, seed=0, epoch=0, lengths=lengths)
+    longest = [max(lengths[k] for k in step) for step in steps[:16]]
+    assert longest != sorted(longest)  # a window's steps do not go from short to long
 
 
 def test_rows_that_fit_are_kept_as_they_are():

@@ -129,10 +129,15 @@ def labelled() -> datasets.Dataset:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
     )
-    return datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, None]}, features=features)
+    return datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [1, 0, None, -1]}, features=features)
 
 
-NAMED = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}, {"text": "c", "label": None}]
+NAMED = [
+    {"text": "a", "label": "good"},
+    {"text": "b", "label": "bad"},
+    {"text": "c", "label": None},
+    {"text": "d", "label": None},
+]
 
 
 def test_saved_data_sets(tmp_path: Path):

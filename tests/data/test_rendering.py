@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from retain.data.rendering import DEFAULT_TEMPLATE, Renderer
 from retain.errors import ConfigError, DataError, ModelError
@@ -150,11 +150,23 @@ def test_an_answer_that_begins_like_the_opening_is_trained_from_its_first_letter
 
 
 def test_a_short_answer_is_not_mistaken_for_the_opening(tokenizer: PreTrainedTokenizerFast):
-    chat = (CHAT[0], Message("assistant", "s"), CHAT[2], Message("assistant", "s"))
+    chat = (CHAT[0], Message("assistant", "i"), CHAT[2], Message("assistant", "i"))
     assert trained(Renderer(tokenizer, CHANNELS), Example("", chat)) == [
-        " final<|im_start|>s<|endoftext|>",
-        " final<|im_start|>s<|im_end|>",
+        " final<|im_start|>i<|endoftext|>",
+        " final<|im_start|>i<|im_end|>",
     ]
+
+
+def test_an_answer_does_not_repeat_what_the_prompt_opens(tokenizer: PreTrainedTokenizerFast):
+    """A template that opens a thought and leaves it out of the finished turn (R1)."""
+    renderer = Renderer(
+        tokenizer,
+        "{% for m in messages %}{{ '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|><think>' }}{% endif %}",
+    )
+    chat = (CHAT[0], Message("assistant", "<think>hm</think>red"))
+    assert trained(renderer, Example("", chat)) == ["hm</think>red<|im_end|>"]
+    assert tokenizer.decode(renderer.prompt_ids(chat[:1])).endswith("<|im_start|><think>")
 
 
 def test_weights_of_messages(tokenizer: PreTrainedTokenizerFast):
@@ -217,8 +229,6 @@ def test_a_template_without_stop_token_gets_one_wherever_it_is_rendered(tokenize
 
 def test_a_turn_that_ends_in_a_token_not_declared_special():
     """GGUF files lose which tokens are special; the template's own token must end the turn all the same."""
-    from transformers import AddedToken
-
     tokenizer = with_bos()
     tokenizer.add_tokens([AddedToken("<end_of_turn>", special=False), AddedToken("<start_of_turn>", special=False)])
     tokenizer.chat_template = (
@@ -236,6 +246,16 @@ def test_a_turn_that_ends_in_a_token_not_declared_special():
     assert ids.count(end) == 2  # of the user's and the assistant's turn; the one in the text stays text
     assert renderer.stop_ids == (tokenizer.eos_token_id, end)
     assert renderer.notes == ()
+
+
+def test_a_stop_token_that_only_ends_answers_and_is_not_declared_special(tokenizer: PreTrainedTokenizerFast):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("<stop>", special=False)])
+    other.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '<stop>' if m.role == 'assistant' }}{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert trained(Renderer(other), Example("", CHAT)) == [" Hà Nội.<stop>", " blue<stop>"]
 
 
 @pytest.mark.parametrize("template", ["auto", "plain"])

@@ -147,8 +147,14 @@ def test_accuracy_needs_labels(write: Write):
 
 
 def test_answers_that_look_like_labels_are_pointed_out(write: Write):
-    loaded = load_task(TaskConfig(name="a", train=write("a.jsonl", pairs(40))))
-    assert any("the answers take only 1 values" in note for note in loaded.notes)
+    rows = [{"question": f"q{k}", "completion": "no" if k % 2 else "yes"} for k in range(60)]
+    config = TaskConfig(name="a", train=write("a.jsonl", rows), columns={"prompt": "question"})
+    (note,) = [note for note in load_task(config).notes if "take only 2 values" in note]
+    assert "`format: text_label` and `columns: {text: question, label: completion}`" in note
+    followed = TaskConfig(
+        name="a", train="a.jsonl", format="text_label", columns={"text": "question", "label": "completion"}
+    )
+    assert load_task(followed).task.choices == ("no", "yes")
     rows = [{"prompt": f"q{k}", "completion": f"a{k}"} for k in range(40)]
     assert not any("values" in note for note in load_task(TaskConfig(name="a", train=write("a.jsonl", rows))).notes)
 

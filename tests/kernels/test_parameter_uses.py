@@ -63,7 +63,9 @@ def seen(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> tu
     complete: dict[str, list[Use]] = {}
     owners = torch.arange(len(x))[:, None].expand(len(x), x.shape[1])
     uses = ParameterUses(
-        dict(model.named_parameters()), make_batch(owners), lambda found: complete.update({found[0].source.name: list(found)})
+        dict(model.named_parameters()),
+        make_batch(owners),
+        lambda found: complete.update({found[0].source.name: list(found)}),
     )
     with uses:
         total = forward(x).sum()

@@ -26,11 +26,12 @@ from retain.types import IGNORED, Batch, Example
 
 VOCABULARY = 40
 PAD = 2
-DOCUMENTS = [[5, 5, 7, PAD, 5, 9], [1, 8, 8], [30, 31, 5, PAD, PAD, 30, 1, 4], [6, 7]]  # repeated and padding-like tokens
-SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    pad_token_id=PAD, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
+DOCUMENTS = [[5, 5, 7, PAD, 5, 9], [1, 8, 8], [30, 31, 5, PAD, PAD, 30, 1, 4], [6, 7]]
+"""With tokens that repeat, and tokens that look like padding."""
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 
 
 def targets_of(document: Sequence[int]) -> list[int]:
@@ -104,7 +105,9 @@ def untied_llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    )
 
 
 def gemma() -> nn.Module:
@@ -144,12 +147,16 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], *, tolerance:
     assert got.keys() == wanted.keys()
     scale = max(float(value.max()) for value in wanted.values())
     for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], value, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize("head", [own_head, head_at_targets])
-def test_both_engines_equal_brute_force(model: nn.Module, layout: Callable[..., Batch], head: Callable[..., Callable]) -> None:
+def test_both_engines_equal_brute_force(
+    model: nn.Module, layout: Callable[..., Batch], head: Callable[..., Callable]
+) -> None:
     wanted = brute_force(model, DOCUMENTS)
     assert all(float(value.abs().max()) > 0 for name, value in wanted.items() if "k_proj.bias" not in name)
     for engine in ("hooks", "loop"):

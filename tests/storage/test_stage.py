@@ -34,8 +34,17 @@ RECORD = StageRecord(
         Answer("luật/pháp", "a\n1", 'Hỏi "gì"?\u2028\x00', "đúng", "\ud83d", 1.0, margin=-INF),
         Answer("luật/pháp", "a2", "", "", "", NAN),
     ),
-    history=(StepInfo("t", 1, 2, 0.5, NAN, 0.0, 1e-4, INF, 10, 5, 0.1), StepInfo("t", 2, 2, 1.0, 1, 0, 0, 1, 1, 1, 1, 2.5)),
-    provenance={"seed": 0, "betas": (0.9, 0.999), "notes": ["ghi chú"], "from": {"r": {"value": NAN}}, "by rank": {0: "a"}},
+    history=(
+        StepInfo("t", 1, 2, 0.5, NAN, 0.0, 1e-4, INF, 10, 5, 0.1),
+        StepInfo("t", 2, 2, 1.0, 1, 0, 0, 1, 1, 1, 1, 2.5),
+    ),
+    provenance={
+        "seed": 0,
+        "betas": (0.9, 0.999),
+        "notes": ["ghi chú"],
+        "from": {"r": {"value": NAN}},
+        "by rank": {0: "a"},
+    },
 )
 
 

@@ -83,7 +83,14 @@ class ToyTask:
 
 
 def make_toy_task(
-    name: str = "toy", *, num: int = 40, width: int = 3, classes: int = 4, length: int = 1, data_seed: int = 0, **options: Any
+    name: str = "toy",
+    *,
+    num: int = 40,
+    width: int = 3,
+    classes: int = 4,
+    length: int = 1,
+    data_seed: int = 0,
+    **options: Any,
 ) -> ToyTask:
     """Random features with random labels."""
     generator = torch.Generator().manual_seed(data_seed)
@@ -95,7 +102,9 @@ def make_toy_task(
 
 def make_text_task(name: str, sizes: Sequence[int], *, seed: int = 0, start: int = 0) -> ToyTask:
     """Rows that have nothing but an id and a number of tokens."""
-    examples = tuple(Example(id=f"{name} {start + i}", text=f"{name} {start + i}", task=name) for i in range(len(sizes)))
+    examples = tuple(
+        Example(id=f"{name} {start + i}", text=f"{name} {start + i}", task=name) for i in range(len(sizes))
+    )
     return ToyTask(name, examples, tokens={e.id: size for e, size in zip(examples, sizes, strict=True)}, seed=seed)
 
 

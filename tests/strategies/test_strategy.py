@@ -37,4 +37,5 @@ def test_every_strategy_is_registered_under_its_name(name: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES.values())
 def test_no_strategy_adds_a_place(strategy: type[Strategy]) -> None:
     """A misspelled place would silently never be called."""
-    assert {name for name in vars(strategy) if name[0] != "_" and callable(getattr(strategy, name))} <= set(dir(Strategy))
+    places = {name for name, value in vars(strategy).items() if name[0] != "_" and callable(value)}
+    assert places <= set(dir(Strategy))

@@ -1,12 +1,13 @@
 """From a recipe and the command line to a configuration, or to every problem with it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from retain.config.fields import build, checked, said_by, shown, suggestion
-from retain.config.names import make
+from retain.config.names import find, make
 from retain.config.paths import is_local, missing_file
 from retain.config.run_config import Budget, ModelConfig, RunConfig, to_tree
 from retain.config.tree import Tree, leaves, read_tree
@@ -23,7 +24,7 @@ from retain.strategies.chain import Chain
 from retain.strategies.strategy import Strategy
 from retain.trainer import TrainConfig
 
-__all__ = ["LoadedConfig", "load_config"]
+__all__ = ["LoadedConfig", "load_config", "settings"]
 
 DEFAULT_METHOD = "lora"
 DEFAULT_STRATEGY = "replay"
@@ -42,6 +43,24 @@ class LoadedConfig:
     config: RunConfig
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
+
+
+def settings(config: RunConfig, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The value of every setting by its dotted key, and where it came from, for the record.
+
+    Args:
+        config: what is run.
+        sources: as in `LoadedConfig`; a setting that it does not name was `given` in Python.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    tree = to_tree(config)
+    for keys in leaves(tree):
+        value: Any = tree
+        for key in keys:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        name = ".".join(keys)
+        found[name] = {"value": value, "source": sources.get(name, "given")}
+    return found
 
 
 SECTIONS = frozenset(field.name for field in fields(RunConfig))
@@ -136,7 +155,12 @@ def make_model(given: Any, problems: list[str]) -> ModelConfig | None:
             more = near if near.startswith("Did") else f"{near}, and with `family` the fields of the family"
             problems.append(f"$.model.{key}: unknown key. {more}")
         return base
-    family = make({"name": options["family"], **rest}, FAMILIES, Family, "$.model", problems)
+    chosen = options["family"]
+    if not isinstance(chosen, str):
+        problems.append(f"$.model.family: expected the name of a family, got {shown(chosen)}")
+        return base
+    found = find(chosen, FAMILIES, Family, "$.model.family", problems)
+    family = None if found is None else build(found, rest, "$.model", problems)
     return None if base is None else replace(base, family=family)
 
 
@@ -202,11 +226,13 @@ def check_sources(tasks: Mapping[int, TaskConfig], protect_base: str, problems: 
 
 
 def way_out(tree: Tree) -> str:
-    """What to do about the first problem."""
-    for section, known in (("method", METHODS), ("strategy", STRATEGIES)):
-        if tree.problems[0].startswith(f"$.{section}"):
-            given = tree.values.get(section)
-            choices = cast("list[Any]", given if isinstance(given, list) else [given])
-            names = [choice["name"] for choice in choices if isinstance(choice, dict) and choice.get("name") in known]
-            return f"`retain list {' '.join(dict.fromkeys(names))}".strip() + "` shows every field with its default"
+    """What to do about the first problem with a choice, else about the first problem."""
+    for problem in tree.problems:
+        if at := re.match(r"\$\.(method|strategy)(?:\[(\d+)\])?", problem):
+            choice: Any = tree.values.get(at[1])
+            choice = choice[int(at[2])] if isinstance(choice, list) and at[2] else choice
+            name = choice.get("name", DEFAULT_METHOD) if isinstance(choice, dict) else None
+            if name in (METHODS if at[1] == "method" else STRATEGIES):
+                return f"`retain list {name}` shows every field with its default"
+            return f"`retain list {'methods' if at[1] == 'method' else 'strategies'}` shows them all"
     return "`retain init` writes a complete recipe to compare with"

@@ -214,8 +214,8 @@ def _rows(dataset: Any) -> list[Row]:
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.ClassLabel):
             for row in rows:
-                if row[column] is not None and row[column] >= 0:  # -1: no label given
-                    row[column] = feature.int2str(row[column])
+                number = row[column]
+                row[column] = None if number is None or number < 0 else feature.int2str(number)  # -1: not labelled
     return rows
 
 
@@ -248,12 +248,12 @@ def _missing(path: Path) -> DataError:
     if not folder.is_dir():
         return DataError(f"{path} does not exist", problems=[f"nor does the folder {folder}"])
     names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
-    near = get_close_matches(path.name, names, n=3, cutoff=0.5)
+    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
     readable = [name for name in names if Path(name).suffix in READERS]
     return DataError(
         f"{path} does not exist",
         problems=[f"data files in {folder}: {', '.join(readable[:10]) or 'none'}"],
-        hint=f"did you mean {' or '.join(near)}?" if near else "",
+        hint=f"did you mean {near[0]}?" if near else "",
     )
 
 

@@ -127,7 +127,7 @@ def load_task(config: TaskConfig, *, root: Path | None = None, seed: int = 0) ->
     if metric == "auto":
         metric = choose_metric(test or train, choices)
         notes.append(f"scored by {metric}")
-        notes += _label_hint(train, metric)
+        notes += _label_hint(train, metric, format, config.columns)
     elif metric == "accuracy" and not choices and not all(example.choices for example in test or train):
         raise ConfigError(
             f"task {config.name!r}: accuracy needs labels to choose from",
@@ -241,12 +241,16 @@ def _shared_choices(examples: Sequence[Example]) -> tuple[str, ...]:
     return sets.pop() if len(sets) == 1 else ()
 
 
-def _label_hint(train: Sequence[Example], metric: str) -> list[str]:
+def _label_hint(train: Sequence[Example], metric: str, format: str, columns: Mapping[str, str]) -> list[str]:
     """Answers that look like labels but are scored as text: say how to make them a choice."""
     labels = {example.answer for example in train}
     if metric != "exact_match" or len(labels) > min(_MANY_LABELS, len(train) // 4):
         return []
-    return [f"the answers take only {len(labels)} values: list them in `choices` to score them by likelihood"]
+    way = "list them in `choices`"
+    if format == "prompt_completion":
+        text, label = columns.get("prompt", "prompt"), columns.get("completion", "completion")
+        way = f"set `format: text_label` and `columns: {{text: {text}, label: {label}}}`"
+    return [f"the answers take only {len(labels)} values: to score them by likelihood, {way}"]
 
 
 def _is_json(text: str) -> bool:

@@ -3,9 +3,9 @@
     KL(base || model) = sum_v p(v) log(p(v) / q(v)),  p the base's, q the model's next-token distribution
 
 in nats a token, averaged over the positions of a few texts. The base's likeliest `top` tokens of every position are
-kept, and the mass of all others as one more outcome; the KL over these is a lower bound of the KL over the whole
-vocabulary (data processing inequality), close to it because most of the mass is kept, and 0 exactly for a model that
-nothing touched.
+kept, and the mass of all others as one more outcome. The KL over these is a lower bound of the KL over the whole
+vocabulary (data processing inequality): with 64 tokens 85 % of it, for SmolLM2-135M with noise on its weights. It is
+0 exactly for a model that nothing touched.
 """
 
 import json

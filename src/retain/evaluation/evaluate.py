@@ -9,7 +9,7 @@ from torch import nn
 from retain.data.rendering import Renderer
 from retain.errors import ConfigError
 from retain.evaluation.divergence import Distribution, base_distribution, kl_to_base
-from retain.evaluation.probes import balanced, load_probes, score_probes, some_texts
+from retain.evaluation.probes import balanced, load_probes, load_texts, score_probes, some_texts
 from retain.evaluation.scoring import mean_score, score_task
 from retain.evaluation.statistics import interval
 from retain.models.family import Family
@@ -27,8 +27,8 @@ class EvaluationConfig:
         probes: ask the built-in probes of general abilities.
         kl: measure the KL to the base model on built-in texts.
         max_probes: ask at most so many, balanced over abilities; None: all.
-        max_texts: measure the KL on at most so many texts, the same at every stage; None: all.
-        text_tokens: read at most so many tokens of each text; that of the base model's own evaluation holds.
+        max_texts: measure the KL on at most so many texts; None: all.
+        text_tokens: read at most so many tokens of each text. Both are settled when the base model is evaluated.
         batch_tokens: padded tokens of one pass over the texts.
 
     Raises:
@@ -43,7 +43,12 @@ class EvaluationConfig:
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        given = {"max_probes": self.max_probes, "max_texts": self.max_texts, "batch_tokens": self.batch_tokens}
+        given = {
+            "max_probes": self.max_probes,
+            "max_texts": self.max_texts,
+            "text_tokens": self.text_tokens,
+            "batch_tokens": self.batch_tokens,
+        }
         problems = [
             f"{name}: expected a whole number above 0, got {value}"
             for name, value in given.items()
@@ -145,13 +150,15 @@ def _kl(
     seed: int,
 ) -> tuple[dict[str, Score], list[Answer], Distribution]:
     """The KL to the base model, every text's share of it, and the base model's distribution."""
-    texts = some_texts(config.max_texts, seed=seed)
     if base is None:
+        texts = some_texts(config.max_texts, seed=seed)
         base = base_distribution(
             model, family, renderer, texts, max_length=config.text_tokens, max_tokens=config.batch_tokens
         )
         nats = dict.fromkeys(base.texts, 0.0)
     else:
+        known = set(base.texts)
+        texts = tuple(text for text in load_texts() if text.id in known)
         _, nats = kl_to_base(model, family, renderer, texts, base, max_tokens=config.batch_tokens)
     counts = dict(zip(base.texts, base.counts, strict=True))
     found = interval(

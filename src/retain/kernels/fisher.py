@@ -88,7 +88,7 @@ def scores(
         if vocabulary * num_turns > MAX_EXACT_PASSES:
             raise CompatibilityError(
                 f"the exact Fisher would take {vocabulary * num_turns} passes for a batch",
-                problems=[f"{num_turns} targets of {vocabulary} labels each; at most {MAX_EXACT_PASSES} passes are allowed"],
+                problems=[f"{num_turns} targets of {vocabulary} labels each; at most {MAX_EXACT_PASSES} passes"],
                 hint="use `fisher: sampled`, which has the same mean",
             )
         # Scores of different targets are independent draws of mean 0, so their squares add up without cross terms.

@@ -2,7 +2,7 @@
 
 Every torch function that takes a trained parameter (`F.linear`, `F.embedding`, a norm, ...) is called with the
 parameter's detached value instead. Two things follow. Backward computes no gradient of a weight, only those of
-activations. And what was missed shows: once the forward pass is over, the loss must not depend on any trained parameter.
+activations. And what was missed shows: after the forward pass the loss must not depend on any trained parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,7 +11,7 @@ from retain.models.family import Outputs, Tokenizer
 from retain.models.head import run_to_head
 from retain.types import Batch
 
-__all__ = ["causal_loss", "generate_causal", "likelihoods", "stop_ids", "within_budget"]
+__all__ = ["causal_loss", "generate_causal", "likelihoods", "padded", "within_budget"]
 
 
 def causal_loss(outputs: Outputs, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from retain.errors import ModelError
 from retain.models.cache import cache_folder, digest
 from retain.models.gguf import conversion_notes, converted, is_converted
 
-__all__ = ["MODELS", "OfflineModel", "ResolvedModel", "fingerprint", "resolve"]
+__all__ = ["MODELS", "OfflineModel", "ResolvedModel", "available", "fingerprint", "resolve"]
 
 log = logging.getLogger("retain")
 
@@ -135,6 +135,13 @@ def resolve(name: str, *, cache_dir: Path | None = None, trust_remote_code: bool
     return model
 
 
+def available(name: str, *, cache_dir: Path | None = None) -> bool:
+    """Does the name of `MODELS` work on this machine without a hub?"""
+    offline = MODELS[name]
+    here = all(_installed(file) is not None for file in offline.files)
+    return here or is_converted(name, offline.sha256, cache_dir or cache_folder())
+
+
 def fingerprint(folder: Path, *, cache_dir: Path | None = None) -> str:
     """`sha256:...` of config and weights, the same on every machine and under every version of `transformers`.
 
@@ -242,8 +249,8 @@ def _not_found(name: str, reason: str = "") -> ModelError:
     """Nothing has this name: why, what there is offline, and how to name what is meant."""
     problems = [reason] if reason else []
     for known, offline in MODELS.items():
-        here = all(_installed(file) is not None for file in offline.files)
-        problems.append(f"offline: {known} ({offline.licence}), {'installed' if here else offline.install}")
+        state = "ready" if available(known) else offline.install
+        problems.append(f"offline: {known} ({offline.licence}), {state}")
     if name in MODELS:
         way = f"{MODELS[name].install}, or name"
     else:

@@ -12,8 +12,8 @@ from retain.errors import ModelError
 from retain.models import FAMILIES
 from retain.models.family import Family, Tokenizer
 from retain.models.hub import fingerprint, resolve
-from retain.models.decoder import DecoderFamily as RecurrentFamily  # TEMP
-from transformers import GPT2Config as RecurrentConfig  # TEMP
+from retain.models.recurrent import RecurrentFamily
+from retain.models.recurrent_network import RecurrentConfig
 from retain.types import Example
 
 __all__ = ["Source", "open_source"]

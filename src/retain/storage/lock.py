@@ -2,8 +2,9 @@
 
 import os
 import socket
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from retain.storage.files import disk_errors
 __all__ = ["exclusive"]
 
 LOCK, OWNER = "lineage.lock", "lineage.owner.json"
+TORN_AFTER = 10.0
+"""Seconds after which a lock that is still empty was left so by a power cut."""
 
 
 @contextmanager
@@ -38,6 +41,7 @@ def exclusive(folder: Path, command: str) -> Generator[str]:
     lock = SoftFileLock(folder / LOCK, timeout=0, is_singleton=False)
     owner = folder / OWNER
     with disk_errors(folder):
+        _remove_torn(folder / LOCK)
         try:
             lock.acquire()
         except Timeout as error:
@@ -58,6 +62,14 @@ def exclusive(folder: Path, command: str) -> Generator[str]:
             owner.unlink(missing_ok=True)
         finally:
             lock.release()
+
+
+def _remove_torn(lock: Path) -> None:
+    """Delete a lock that names nobody; its owner writes its name the moment after making it."""
+    with suppress(FileNotFoundError):
+        status = lock.stat()
+        if status.st_size == 0 and time.time() - status.st_mtime > TORN_AFTER:
+            lock.unlink()
 
 
 def _described(owner: Path) -> str:

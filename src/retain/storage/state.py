@@ -62,7 +62,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     with reading(index):
         content = read_json(index)
         kinds: dict[str, str] = dict(content["kinds"])
-        state: dict[str, Any] = {name: content["values"][name] if kind == "value" else None for name, kind in kinds.items()}
+        state: dict[str, Any] = dict.fromkeys(kinds)
+        state |= {name: content["values"][name] for name, kind in kinds.items() if kind == "value"}
     tensors = folder / "tensors.safetensors"
     with reading(tensors):
         wanted = [name for name, kind in kinds.items() if kind == "tensor"]

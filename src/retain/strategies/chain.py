@@ -1,13 +1,14 @@
-"""Several strategies as one. Who comes first is defined, not luck.
+"""Several strategies as one, in an order that is defined and not luck.
 
     before_task, mix_examples, after_task, select   in the order of the list, each given what the one before it made
     loss_term, add_penalty                          summed
     edit_gradients                                  those that watch gradients, then those that change them
     after_step                                      those that move weights, then those that watch
+
+Two that move the same weights are refused.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,7 +78,9 @@ class Chain(Strategy):
 
     def __init__(self, *strategies: Strategy) -> None:
         self.strategies = tuple(
-            part for strategy in strategies for part in (strategy.strategies if isinstance(strategy, Chain) else (strategy,))
+            part
+            for strategy in strategies
+            for part in (strategy.strategies if isinstance(strategy, Chain) else (strategy,))
         )
         for strategy in self.strategies:
             if strategy.stands_alone and len(self.strategies) > 1:
@@ -85,10 +88,10 @@ class Chain(Strategy):
                     f"{strategy.name!r} cannot be combined: it replaces the training that the others protect",
                     hint=f"run it on its own: `strategy: {{name: {strategy.name}}}`",
                 )
-        movers = [strategy.name for strategy in self.strategies if strategy.moves_weights]
+        movers = [repr(strategy.name) for strategy in self.strategies if strategy.moves_weights]
         if len(movers) > 1:
             raise CompatibilityError(
-                f"{' and '.join(repr(name) for name in movers)} both move the weights after each step, so one would undo the other",
+                f"{' and '.join(movers)} both move the weights after each step, so one would undo the other",
                 hint="keep one of them",
             )
 
@@ -104,6 +107,11 @@ class Chain(Strategy):
     def needs_task_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Does any of them?"""
         return any(strategy.needs_task_name for strategy in self.strategies)
+
+    @property
+    def remembers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Does any of them?"""
+        return any(strategy.remembers for strategy in self.strategies)
 
     @property
     def steps_factor(self) -> float:

@@ -1,15 +1,14 @@
 """Elastic weight consolidation: pull each weight toward its old value, in proportion to its importance.
 
-    penalty(theta) = strength / 2 * sum_k sum_i F_ki (theta_i - anchor_ki)^2
+    penalty(theta) = strength / 2 * sum_k sum_i F_ki / mean(F_k) * (theta_i - anchor_ki)^2
 
-    F_ki = sum over examples of (d nll(example) / d theta_i)^2  /  targets of these examples
+    F_ki = mean over examples of E_y [ (d log p(y | x) / d theta_i)^2 ]        the diagonal of the Fisher information
 
-One k for each old task (`mode="separate"`, Kirkpatrick et al. 2017, eq. 3) or a single one with the latest weights as its
-anchor (`mode="online"`, Schwarz et al. 2018, section 3): F <- decay * F + F_new, and decay * F in the penalty.
+One k for each old task (`mode="separate"`, Kirkpatrick et al. 2017, eq. 3), or a single one that has the latest weights
+as its anchor (`mode="online"`, Schwarz et al. 2018, section 3): F <- decay * F + F_new, and decay * F in the penalty.
 
-Source: https://arxiv.org/abs/1612.00796 and https://arxiv.org/abs/1805.06370; estimators as named by van de Ven 2025,
-https://arxiv.org/abs/2502.11756.
-Differs: F is a mean over targets, as the loss is, and not over examples; see `EWC.strength`.
+Source: https://arxiv.org/abs/1612.00796 and https://arxiv.org/abs/1805.06370.
+Differs: F is divided by its mean; see `EWC.strength`.
 """
 
 import random
@@ -18,7 +17,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from retain import distributed
 from retain.kernels.fisher import Kind, add_fisher
@@ -40,18 +38,17 @@ class EWC(Strategy):
     """Protect the weights that old tasks (and the base model) depend on.
 
     Args:
-        strength: lambda, at least 0. Both the loss and F are nats a target, so F / 2 times a squared change estimates the
-            nats a target that an old task loses by it, and at 1 such a nat weighs as much as one of the new task's. That
-            makes a value mean the same for models of other sizes, batches, sequence lengths and loss scales. The estimate
-            is low where weights move together, as F knows no pairs of them.
-        fisher: `sampled` draws each target from the model's own distribution; `exact` takes all of them (small heads
-            only); `empirical` takes the true targets.
+        strength: lambda, at least 0: the curvature that a weight of average importance gets, in nats a target. The mean
+            is over the weights that have any importance, for each old task. So a value does not depend on how the loss
+            is scaled, how long or how certain the old task's rows are, or on rows of an embedding that no text uses.
+        fisher: `sampled` draws the targets from the model's own distribution; `exact` takes all of them (small heads
+            only); `empirical` takes the true ones.
         num_samples: examples of a task that F is estimated from, above 0.
         decay: gamma of online EWC, in (0, 1]: what an older task's importance is multiplied by at each new one.
         mode: `online` keeps one F and one anchor however many tasks come; `separate` keeps both for each.
 
-    The Fisher is that of a sequence: the square of the sum over its tokens. It is accumulated in float32 and kept in bfloat16;
-    anchors keep the weights' own precision. Memory: 6 bytes a trained float32 weight, for each k.
+    The Fisher is that of a sequence: the square of the sum over its tokens. It is accumulated in float32 and kept in
+    bfloat16; anchors keep the weights' own precision. Memory: 6 bytes a trained float32 weight, for each k.
     """
 
     name: ClassVar[str] = "ewc"
@@ -85,15 +82,13 @@ class EWC(Strategy):
         parameters = trainable(model)
         values: list[Tensor] = []
         for fishers, anchors in zip(self.importance, self.anchors, strict=True):
-            for name in fishers.keys() & parameters.keys():
-                parameter = parameters[name]
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                values.append(
-                    add_quadratic(
-                        local(parameter), local(parameter.grad), local(fishers[name]), local(anchors[name]), scale=scale
-                    )
-                )
+            for name, fisher in fishers.items():
+                if name in parameters:
+                    parameter = parameters[name]
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    tensors = (local(tensor) for tensor in (parameter, parameter.grad, fisher, anchors[name]))
+                    values.append(add_quadratic(*tensors, scale=scale))
         if not values:
             return None
         value = torch.stack(values).sum()
@@ -103,12 +98,12 @@ class EWC(Strategy):
 
     def after_task(self, model: nn.Module, task: TaskView) -> None:
         """Estimate the Fisher at the weights as they are, and anchor them."""
-        fisher = diagonal_fisher(model, task, kind=self.fisher, num_samples=self.num_samples)
+        fisher = normalised(diagonal_fisher(model, task, kind=self.fisher, num_samples=self.num_samples))
         anchors = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
         if self.mode == "online" and self.importance:
             anchors = self.anchors[0] | anchors
             for name, old in self.importance[0].items():
-                fisher[name] = grown(old.float() * self.decay, fisher[name]) + fisher[name] if name in fisher else old
+                fisher[name] = added(fisher[name], old, scale=self.decay) if name in fisher else old
         kept = {name: value.to(torch.bfloat16) for name, value in fisher.items()}
         self.tasks.append(task.name)
         if self.mode == "online":
@@ -156,15 +151,24 @@ def add_quadratic(parameter: Tensor, gradient: Tensor, fisher: Tensor, anchor: T
     return value * (scale / 2)
 
 
-def grown(value: Tensor, target: Tensor) -> Tensor:
-    """The value with rows of zeros for those that the target has more."""
-    return F.pad(value, (*(0 for _ in range(2 * (value.dim() - 1))), 0, len(target) - len(value))) if value.dim() else value
+def added(new: Tensor, old: Tensor, *, scale: float) -> Tensor:
+    """new + scale * old, where the new one may have more rows."""
+    result = new.clone()
+    (result[: len(old)] if old.dim() else result).add_(old, alpha=scale)
+    return result
+
+
+def normalised(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each entry divided by the mean of all that are above zero."""
+    total = sum(float(value.sum(dtype=torch.float64)) for value in fisher.values())
+    count = sum(int((value > 0).sum()) for value in fisher.values())
+    return {name: value * (count / total) for name, value in fisher.items()} if count else fisher
 
 
 def diagonal_fisher(
     model: nn.Module, task: TaskView, *, kind: Kind = "sampled", num_samples: int = 200
 ) -> dict[str, Tensor]:
-    """The diagonal of the Fisher information of a task, per target, in evaluation mode.
+    """The diagonal of the Fisher information of a task, a mean over its examples, in evaluation mode.
 
     Args:
         model: at the weights that the task ended with.
@@ -178,13 +182,13 @@ def diagonal_fisher(
     generator = random.Random(f"{task.seed}/{task.name}")
     examples = generator.sample(task.examples, min(num_samples, len(task.examples)))
     sums = zero_sums(model)
-    targets = 0
+    num = 0
     with evaluating(model):
         for batch in task.batches(examples, max_tokens=TOKENS_PER_PASS):
             add_fisher(
                 model, batch, lambda part: task.forward(model, part).logits(), kind=kind, seed=task.seed, into=sums
             )
-            targets += int(batch.counted.sum())
+            num += len(batch.examples)
     distributed.sum_tensors(list(sums.values()))
-    count = max(distributed.sum_number(targets), 1.0)
+    count = max(distributed.sum_number(num), 1.0)
     return {name: value / count for name, value in sums.items()}

@@ -1,7 +1,7 @@
 """Joint training: the upper bound that a strategy is measured against.
 
-At every stage the weights go back to the base model's and are trained on the shuffled union of all tasks so far. By stage t
-sequential training has taken t tasks' worth of steps; so does joint training at stage t (`steps_factor`).
+At every stage the weights go back to the base model's and are trained on the shuffled union of all tasks so far. By
+stage t sequential training has taken t tasks' worth of steps; so does joint training at stage t (`steps_factor`).
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,13 @@ __all__ = ["Joint"]
 class Joint(Strategy):
     """Start again from the base model, with the rows of every task.
 
-    All rows are kept, and a copy of what moves. Rows of the base model's consolidation (`base`) are not joined, so that the
-    number of steps stays that of sequential training.
+    All rows are kept, and a copy of what moves. Rows that stand for the base model are not joined, so that the number
+    of steps stays that of sequential training.
     """
 
     name: ClassVar[str] = "joint"
     stands_alone: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False  # nothing of the base model but its weights
 
     def __post_init__(self) -> None:
         self.start: dict[str, Tensor] = {}

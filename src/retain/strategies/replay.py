@@ -5,11 +5,11 @@ random number, a hash of the seed and the row's id, and the rows with the smalle
 
     memory = sorted(offered, key=lambda row: hash(seed, row.id))[:capacity]
 
-Source: Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486, section 3; the share of old tokens as in Ibrahim et al. 2024,
-https://arxiv.org/abs/2403.08763.
-Differs: Algorithm R draws a random slot for each row (Vitter 1985). The smallest numbers have the same distribution, and
-count a row once however often it is offered, in whatever order, on however many processes. Old rows are mixed into the
-epoch, not into each batch.
+Source: Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486, section 3; old tokens instead of new ones as in Ibrahim
+et al. 2024, https://arxiv.org/abs/2403.08763.
+Differs: Algorithm R draws a random slot for each row (Vitter 1985). The smallest numbers have the same distribution,
+and count a row once however often it is offered, in whatever order, on however many processes. Old rows are mixed into
+the epoch, not into each batch.
 """
 
 import random
@@ -37,10 +37,10 @@ class Replay(Strategy):
         capacity: rows in the memory, above 0.
         capacity_bytes: bytes of text in the memory; None sets no limit.
         ratio: the share of an epoch's tokens that are old, in [0, 1).
-        balance: `task` draws the same number of tokens from every old task (the base model's own text is one), as far as
-            their rows last; `none` draws rows as they lie in the memory, where larger tasks have more.
-        budget: `add` puts old rows on top of the new ones; `replace` leaves out as many new tokens as old ones come in, so
-            that an epoch costs the same (the rows that are left out change from epoch to epoch).
+        balance: `task` draws as many tokens from every old task (the base model's own text counts as one), as far as
+            its rows last; `none` draws rows as they lie in the memory, where larger tasks have more.
+        budget: `add` puts old rows on top of the new ones; `replace` leaves out as many new tokens as old ones come in,
+            so that an epoch costs the same. The rows that are left out change from epoch to epoch.
     """
 
     name: ClassVar[str] = "replay"
@@ -148,10 +148,10 @@ def text_bytes(example: Example) -> int:
 
 
 def left_out(sizes: Sequence[int], *, share: float, epoch: int, generator: random.Random) -> list[bool]:
-    """Which rows an epoch leaves out: about `share` of the tokens, the next ones in a fixed random order in every epoch.
+    """Which rows an epoch leaves out: about `share` of the tokens, other ones in each epoch.
 
-    The rows lie on a circle in that order, each as long as its tokens. Epoch e leaves out those whose middle falls on the arc
-    from e * share to (e + 1) * share of the circle; over 1 / share epochs every row is left out once.
+    The rows lie on a circle in random order, each as long as its tokens. Epoch e leaves out those whose middle falls on
+    the arc from e * share to (e + 1) * share of the circle; over 1 / share epochs every row is left out once.
     """
     total = sum(sizes)
     result = [False] * len(sizes)

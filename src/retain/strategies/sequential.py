@@ -15,4 +15,3 @@ class Sequential(Strategy):
     name: ClassVar[str] = "sequential"
     needs_gradients: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False

@@ -79,7 +79,7 @@ class TaskView(Protocol):
         ...
 
     def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
-        """What the model answers to each example's prompt, or how it continues its text, sampled with the run's seed."""
+        """What the model answers to each prompt, or how it continues each text, sampled with the run's seed."""
         ...
 
 

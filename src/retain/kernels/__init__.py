@@ -1,0 +1,3 @@
+"""Small pure computations: exact, without side effects."""
+
+__all__: list[str] = []

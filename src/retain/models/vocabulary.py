@@ -1,0 +1,59 @@
+"""A tokenizer learned from the data, for a model that starts from nothing."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["END", "PAD", "SMALLEST_VOCABULARY", "character_tokenizer", "subword_tokenizer"]
+
+END = "<|endoftext|>"
+"""Ends a text; trained as the stop token."""
+
+PAD = "<|pad|>"
+
+SMALLEST_VOCABULARY = 2 + 256
+"""Either tokenizer keeps a token for every byte, so that any text goes in and comes out unchanged."""
+
+
+def subword_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019).
+
+    Args:
+        texts: what to learn from.
+        vocab_size: tokens at most, `SMALLEST_VOCABULARY` or more; fewer where the texts are short.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrapped(tokenizer)
+
+
+def character_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """One token a character; characters outside the vocabulary are spelled in UTF-8 bytes.
+
+    Args:
+        texts: whose commonest characters are kept.
+        vocab_size: tokens at most, `SMALLEST_VOCABULARY` or more.
+    """
+    counts = Counter(character for text in texts for character in text)
+    common = sorted(counts, key=lambda character: (-counts[character], character))
+    tokens = [END, PAD, *(f"<0x{byte:02X}>" for byte in range(256)), *common][:vocab_size]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )

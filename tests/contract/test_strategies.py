@@ -1,0 +1,287 @@
+"""What must be true of every strategy, and of every pair in a chain, under full tuning and under LoRA: DESIGN 5."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retain.data.rendering import Renderer
+from retain.errors import CompatibilityError
+from retain.methods import METHODS
+from retain.models.decoder import DecoderFamily
+from retain.parameters import trainable
+from retain.strategies import STRATEGIES, Strategy
+from retain.strategies.chain import Chain
+from retain.strategies.ewc import EWC
+from retain.strategies.joint import Joint
+from retain.strategies.replay import Replay
+from retain.strategies.sequential import Sequential
+from retain.task_view import BoundTask
+from retain.trainer import TrainConfig, TrainResult, train_task
+from retain.types import Example, Message, StepInfo
+
+ACTING: dict[str, Callable[[], Strategy]] = {
+    "ewc": lambda: EWC(strength=1e3, num_samples=6),
+    "joint": Joint,
+    "replay": lambda: Replay(ratio=0.5),
+    "sequential": Sequential,
+}
+"""Every strategy with a strength that shows within a few steps."""
+
+OFF: dict[str, Callable[[], Strategy]] = {
+    "ewc": lambda: EWC(strength=0.0, num_samples=2),
+    "replay": lambda: Replay(ratio=0.0),
+    "sequential": Sequential,
+}
+"""Every strategy that can be turned off, turned off."""
+
+COMBINED = sorted(set(ACTING) - {"joint"})
+PAIRS = [f"{one}+{other}" for one in COMBINED for other in COMBINED]
+QUICK = {("full", "ewc+replay"), ("lora", "replay+ewc")}
+
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"r": 2, "alpha": 4, "dropout": 0.1}}
+
+
+def cases(names: Sequence[str]) -> list[Any]:
+    """Every method with every strategy and pair; the commonest pairs quick, the others slow."""
+    return [
+        pytest.param((method, name), id=f"{method}-{name}", marks=pytest.mark.slow if slow else ())
+        for method in METHOD_OPTIONS
+        for name in names
+        for slow in ["+" in name and (method, name) not in QUICK]
+    ]
+
+
+def make(names: Sequence[str], table: dict[str, Callable[[], Strategy]] = ACTING) -> Strategy:
+    parts = [table[name]() for name in names]
+    return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def rows(task: str, words: Sequence[str], num: int = 8) -> tuple[Example, ...]:
+    return tuple(
+        Example(
+            id=f"{task} {i}", task=task,
+            messages=(Message("user", f"{task} " * (1 + i % 3)), Message("assistant", words[i % len(words)])),
+        )
+        for i in range(num)
+    )  # fmt: skip
+
+
+BASE = rows("base", ["The quick brown fox", "jumps over"])
+FIRST = rows("first", ["red", "green blue"])
+SECOND = rows("second", ["yes", "no no no"])
+
+
+class World:
+    """A tiny model under a method, and the tasks that it learns."""
+
+    def __init__(self, method: str, build_llama: Callable[..., nn.Module], tokenizer: Any) -> None:
+        self.method, self.build_llama, self.tokenizer = (
+            METHODS[method](**METHOD_OPTIONS[method]),
+            build_llama,
+            tokenizer,
+        )
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.method.apply(self.build_llama().double())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # away from 0, where A has no gradient
+                nn.init.normal_(parameter, std=0.02)
+        return model.double()
+
+    def view(self, name: str, examples: Sequence[Example], **options: Any) -> BoundTask:
+        settings: dict[str, Any] = {
+            "max_length": 64,
+            "max_tokens": 10_000,
+            "packed": True,
+            "precision": "fp32",
+        } | options
+        return BoundTask(
+            name=name, examples=examples, family=DecoderFamily(), renderer=Renderer(self.tokenizer),
+            method=self.method, **settings,
+        )  # fmt: skip
+
+    def train(
+        self, model: nn.Module, strategy: Strategy, name: str, examples: Sequence[Example], *,
+        view: dict[str, Any] | None = None, folder: Path | None = None, observers: Sequence[Any] = (), **options: Any,
+    ) -> TrainResult:  # fmt: skip
+        settings = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4, "precision": "fp32"}
+        return train_task(
+            model, self.view(name, examples, **view or {}), strategy=strategy, folder=folder, observers=observers,
+            config=TrainConfig(**{**settings, **options}),
+        )  # fmt: skip
+
+    def learn(self, strategy: Strategy, *, base: bool = True, **options: Any) -> nn.Module:
+        """Stage 0 and the first task, consolidated."""
+        model = self.model()
+        if base:
+            strategy.after_task(model, self.view("base", BASE))
+        self.train(model, strategy, "first", FIRST, **options)
+        strategy.after_task(model, self.view("first", FIRST))
+        return model
+
+
+@pytest.fixture(params=cases([*ACTING, *PAIRS]))
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def world(case: tuple[str, str], build_llama: Callable[..., nn.Module], tokenizer: Any) -> World:
+    return World(case[0], build_llama, tokenizer)
+
+
+@pytest.fixture
+def names(case: tuple[str, str]) -> Sequence[str]:
+    return case[1].split("+")
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainable(model).values()])
+
+
+def test_the_suite_covers_every_strategy_and_method() -> None:
+    assert ACTING.keys() == STRATEGIES.keys()
+    assert METHOD_OPTIONS.keys() == METHODS.keys()
+    with pytest.raises(CompatibilityError):
+        Chain(Joint(), Sequential())
+
+
+def test_without_a_base_the_first_task_is_plain_fine_tuning(world: World, names: Sequence[str]) -> None:
+    plain, model = world.model(), world.model()
+    world.train(plain, Strategy(), "first", FIRST)
+    result = world.train(model, make(names), "first", FIRST)
+    assert torch.equal(weights(result.model), weights(plain))
+    assert [info.penalty for info in result.history] == [0.0] * 3
+
+
+def test_acts_on_the_second_task(world: World, names: Sequence[str]) -> None:
+    """A penalty that is only logged, or rows that are only kept, would leave the weights as they would be without."""
+    plain = world.learn(Strategy())
+    strategy = make(names)
+    model = world.learn(strategy)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for one, other in zip(trainable(plain).values(), trainable(model).values(), strict=True):
+            one.copy_(other)
+    history = world.train(plain, Strategy(), "second", SECOND).history
+    result = world.train(model, strategy, "second", SECOND)
+    if set(names) == {"sequential"}:
+        assert torch.equal(weights(model), weights(plain))
+        return
+    assert float((weights(model) - weights(plain)).abs().max()) > 1e-3
+    assert ("ewc" in names) == any(info.penalty > 0 for info in result.history)
+    if "replay" in names:
+        assert [info.loss for info in result.history] != [info.loss for info in history]
+    if "joint" in names:
+        assert len(result.history) == 6  # of two tasks
+
+
+def test_protects_the_base_in_the_first_task(world: World, names: Sequence[str]) -> None:
+    plain = world.learn(Strategy())
+    model = world.learn(make(names))
+    changed = not torch.equal(weights(model), weights(plain))
+    assert changed == bool(set(names) & {"ewc", "replay"})
+
+
+@pytest.mark.parametrize("case", cases([*OFF, *PAIRS]))
+def test_strength_zero_is_sequential(world: World, names: Sequence[str]) -> None:
+    strategies = Strategy(), make(names, OFF)
+    models = [world.learn(strategy) for strategy in strategies]
+    for strategy, model in zip(strategies, models, strict=True):
+        world.train(model, strategy, "second", SECOND)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+
+
+def test_what_is_frozen_never_moves(world: World, names: Sequence[str]) -> None:
+    strategy, model = make(names), world.model()
+    next(iter(trainable(model).values())).requires_grad_(False)  # one more than the method froze
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    moving = weights(model)
+    strategy.after_task(model, world.view("base", BASE))
+    for name, examples in (("first", FIRST), ("second", SECOND)):
+        world.train(model, strategy, name, examples, weight_decay=0.1)
+        strategy.after_task(model, world.view(name, examples))
+    assert frozen
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    assert not torch.equal(weights(model), moving)
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def crash(info: StepInfo) -> None:
+    if info.step == 3:
+        raise Interrupted
+
+
+def test_goes_on_from_the_middle_of_a_task_bit_for_bit(world: World, names: Sequence[str], tmp_path: Path) -> None:
+    strategy = make(names)
+    model = world.learn(strategy)
+    learned = {name: value.clone() for name, value in model.state_dict().items()}
+    memory = strategy.state_dict()
+    world.train(model, strategy, "second", SECOND, max_steps=4)
+
+    other, again = make(names), world.model()
+    again.load_state_dict(learned)
+    other.restore(again, memory)
+    with pytest.raises(Interrupted):
+        world.train(again, other, "second", SECOND, max_steps=4, save_steps=2, folder=tmp_path, observers=[crash])
+
+    other, again = make(names), world.model()
+    again.load_state_dict(learned)
+    other.restore(again, memory)
+    result = world.train(again, other, "second", SECOND, max_steps=4, save_steps=2, folder=tmp_path)
+    assert result.num_steps > 2
+    assert torch.equal(weights(again), weights(model))
+    for one, another in ((strategy, model), (other, again)):
+        one.after_task(another, world.view("second", SECOND))
+    same_state(strategy.state_dict(), other.state_dict())
+
+
+def same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert list(one) == list(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name], name
+
+
+def test_consolidation_leaves_the_model_as_it_was(world: World, names: Sequence[str]) -> None:
+    strategy, model = make(names), world.model().train()
+    list(model.modules())[-1].eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    random = torch.get_rng_state()
+    strategy.after_task(model, world.view("base", BASE))
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [{"max_tokens": 60}, {"packed": False}], ids=["micro-batches", "padded"])
+def test_batching_changes_nothing(
+    world: World, names: Sequence[str], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Padded rows are grouped by length on purpose, so the steps are made the same here; dropout draws for each pass.
+    monkeypatch.setattr("retain.trainer.schedule", lambda n, **_: [list(range(n))[i : i + 4] for i in range(0, n, 4)])
+    results: list[Tensor] = []
+    for options in ({}, changed):
+        strategy, model = make(names), world.model()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        strategy.after_task(model, world.view("base", BASE, **options))
+        for name, examples in (("first", FIRST), ("second", SECOND)):
+            world.train(model, strategy, name, examples, view=options, adam_epsilon=1e-4)
+            strategy.after_task(model, world.view(name, examples, **options))
+        results.append(weights(model))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)

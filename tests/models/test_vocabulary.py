@@ -1,0 +1,65 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from retain.models.vocabulary import END, PAD, SMALLEST_VOCABULARY, character_tokenizer, subword_tokenizer
+
+TEXTS = ["Hà Nội là thủ đô của Việt Nam.", "Thành phố Hồ Chí Minh ở phía nam.", "The cat sat on the mat."] * 3
+HARD = [
+    "Hà Nội là thủ đô của Việt Nam.",
+    "  two  spaces\n\nand\ttabs ",
+    "unseen: 東京 😀 ß",
+    "Tiếng Việt",  # decomposed: letters and marks are characters of their own
+    "<|im_start|> <0x41> ▁ Ġ",
+    "",
+]
+
+both = pytest.mark.parametrize("learn", [subword_tokenizer, character_tokenizer])
+Learn = Callable[..., PreTrainedTokenizerFast]
+
+
+@both
+def test_any_text_comes_out_as_it_went_in(learn: Learn, tmp_path: Path):
+    tokenizer = learn(TEXTS, vocab_size=400)
+    tokenizer.save_pretrained(tmp_path)
+    for reader in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in HARD:
+            assert reader.decode(reader(text)["input_ids"]) == text
+        assert [reader(text)["input_ids"] for text in HARD] == [tokenizer(text)["input_ids"] for text in HARD]
+
+
+@both
+def test_special_tokens(learn: Learn):
+    tokenizer = learn(TEXTS, vocab_size=400)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer(f"end{END}")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.bos_token is None
+    assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
+
+
+@both
+def test_the_size_is_a_limit(learn: Learn):
+    assert len(learn(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
+    assert len(learn(TEXTS, vocab_size=270)) == 270
+    assert len(learn(TEXTS, vocab_size=10_000)) < 1000
+
+
+@both
+def test_the_same_texts_make_the_same_tokenizer(learn: Learn):
+    first, second = learn(TEXTS, vocab_size=300), learn(TEXTS, vocab_size=300)
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_a_character_is_a_token():
+    tokenizer = character_tokenizer(TEXTS, vocab_size=400)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Việt a")["input_ids"]) == ["V", "i", "ệ", "t", " ", "a"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("é")["input_ids"]) == ["<0xC3>", "<0xA9>"]
+
+
+def test_subwords_are_shorter_than_bytes():
+    text = TEXTS[0]
+    assert len(subword_tokenizer(TEXTS, vocab_size=400)(text)["input_ids"]) < len(text) / 2
+    assert len(subword_tokenizer(TEXTS, vocab_size=258)(text)["input_ids"]) == len(text.encode())
