@@ -33,7 +33,7 @@ LAYERS = {
 }
 SIBLINGS = {"data", "kernels", "storage", "models", "evaluation", "report", "config", "cli"}
 PROTOCOLS = {"methods": "methods.method", "strategies": "strategies.strategy"}
-REPORT_READS = {"errors", "types", "report", "evaluation.changes", "evaluation.changes", "evaluation.statistics", "evaluation.forgetting"}
+REPORT_READS = {"errors", "types", "report", "evaluation.changes", "evaluation.statistics", "evaluation.forgetting"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "base", "common", "core"}
 
 

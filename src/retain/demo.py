@@ -26,7 +26,7 @@ TEMPLATE = (
 
 RUNS: dict[str, list[dict[str, object]]] = {
     "sequential": [{"name": "sequential"}],
-    "protected": [{"name": "replay", "ratio": 0.25, "capacity": 400}],
+    "protected": [{"name": "replay", "ratio": 0.2, "capacity": 400}],
 }
 """The strategy of each run."""
 
@@ -50,7 +50,7 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
                     "method": {"name": "full"},
                     "strategy": strategy if len(strategy) > 1 else strategy[0],
                     "tasks": [{**task, "max_new_tokens": 20} for task in tasks],
-                    "train": {"learning_rate": 1e-4, "max_steps": 32, "per_device_train_batch_size": 8, "max_length": 96},
+                    "train": {"learning_rate": 1e-4, "max_steps": 30, "per_device_train_batch_size": 8, "max_length": 96},
                     "evaluation": {"max_probes": 88, "max_texts": 12},
                     "output_dir": name,
                 }

@@ -27,29 +27,22 @@ MONTHS = (
 
 DESK = {
     "zorb": (  # money
-        ("I was charged twice for {thing}.", "Please refund what I paid for {thing}.", "The price of {thing} on my bill is wrong.",
-         "My card was declined when I paid for {thing}.", "Where can I see the invoice for {thing}?"),
-        ("Tôi bị trừ tiền hai lần cho {thing}.", "Xin hoàn tiền {thing} cho tôi.", "Giá của {thing} trên hóa đơn bị sai.",
-         "Thẻ của tôi bị từ chối khi trả tiền {thing}."),
+        ("I was charged twice for {thing}.", "Please refund what I paid for {thing}.", "Where can I see the invoice for {thing}?"),
+        ("Tôi bị trừ tiền hai lần cho {thing}.", "Xin hoàn tiền {thing} cho tôi."),
     ),
     "kelp": (  # delivery
-        ("When will {thing} arrive?", "The parcel with {thing} never came.", "Can you send {thing} to another address?",
-         "The courier left {thing} at the wrong door.", "How do I track the shipment of {thing}?"),
-        ("Khi nào {thing} được giao đến?", "Gói hàng có {thing} vẫn chưa tới.", "Có thể giao {thing} đến địa chỉ khác không?",
-         "Tôi muốn theo dõi đơn giao {thing}."),
+        ("When will {thing} arrive?", "The parcel with {thing} never came.", "How do I track the shipment of {thing}?"),
+        ("Khi nào {thing} được giao đến?", "Gói hàng có {thing} vẫn chưa tới."),
     ),
     "mund": (  # broken
-        ("{Thing} broke after one day.", "There is a crack in {thing}.", "{Thing} does not work any more.",
-         "A part of {thing} is missing.", "{Thing} makes a strange noise."),
-        ("{Thing} bị hỏng sau một ngày.", "{Thing} có vết nứt.", "{Thing} không hoạt động nữa.", "{Thing} bị thiếu một bộ phận."),
+        ("{Thing} broke after one day.", "There is a crack in {thing}.", "{Thing} does not work any more."),
+        ("{Thing} bị hỏng sau một ngày.", "{Thing} có vết nứt."),
     ),
     "tavi": (  # advice
-        ("Which colour of {thing} suits a small room?", "Is {thing} good for children?", "How large is {thing}?",
-         "What is {thing} made of?", "Do you recommend {thing} as a gift?"),
-        ("{Thing} màu nào hợp với phòng nhỏ?", "{Thing} có dùng được cho trẻ em không?", "{Thing} to bao nhiêu?",
-         "{Thing} làm bằng chất liệu gì?"),
+        ("Which colour of {thing} suits a small room?", "Is {thing} good for children?", "Do you recommend {thing} as a gift?"),
+        ("{Thing} màu nào hợp với phòng nhỏ?", "{Thing} có dùng được cho trẻ em không?"),
     ),
-}  # fmt: skip
+}
 """Messages to a shop's desk in English and Vietnamese, by our own label for each."""
 
 VIETNAMESE_ITEMS = (

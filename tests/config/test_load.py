@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from retain.config.load import SECTIONS, load_config
+from retain.config.load import SECTIONS, load_config, settings
 from retain.config.run_config import dump_config
 from retain.errors import ConfigError
 from retain.methods.full import Full
@@ -72,6 +72,15 @@ def test_the_recipe_of_the_design(recipe, folder: Path):
     assert loaded.sources["tasks.0.train"] == "recipe"
 
 
+def test_settings_have_a_value_and_a_source(recipe):
+    loaded = load_config(recipe(), ["train.seed=3"])
+    found = settings(loaded.config, loaded.sources)
+    assert found["train.seed"] == {"value": 3, "source": "flag"}
+    assert found["strategy.1.strength"] == {"value": 1.0, "source": "recipe"}
+    assert found["tasks.1.metric"] == {"value": "auto", "source": "default"}
+    assert settings(loaded.config, {})["train.seed"] == {"value": 3, "source": "given"}
+
+
 def test_defaults_protect(folder: Path):
     loaded = load_config(
         None, ["model=m", "tasks.0.name=a", f"tasks.0.train={folder}/desk.train.jsonl", "output_dir=x"]
@@ -112,6 +121,7 @@ def test_the_error_of_the_design(recipe):
     [
         ("strategy.1.x=1", "retain list ewc"),
         ("strategy.0.name=x", "retain list strategies"),
+        ("strategy.7.name=x", "retain list strategies"),
         ("method.x=1", "retain list lora"),
         ("method=x", "retain list methods"),
         ("train.x=1", "retain init"),

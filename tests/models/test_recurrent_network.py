@@ -125,6 +125,10 @@ def test_a_state_goes_on_where_it_was(cell: str):
     rest = model(ids[:, 4:], past_key_values=state).logits
     torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-12, atol=1e-12)
     assert all(map(torch.equal, before, state.tensors))  # read, not written, without `use_cache`
+    model(ids[:, 4:], past_key_values=state, use_cache=True)
+    assert state.get_seq_length() == 9
+    whole_state = model(ids, use_cache=True).past_key_values
+    torch.testing.assert_close(state.tensors, whole_state.tensors, rtol=1e-12, atol=1e-12)
 
 
 @every_cell
@@ -201,7 +205,12 @@ def test_dropout_acts_in_training_only(cell: str):
     model, ids = make(cell, dropout=0.5), tokens(2, 6)
     assert torch.equal(model(ids).logits, make(cell)(ids).logits)
     model.train()
+    dropped: list[float] = []
+    for place in (model.rnn, model.lm_head):
+        place.register_forward_pre_hook(lambda _, given: dropped.append(given[0].eq(0).double().mean().item()))
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert all(0.2 < share < 0.8 for share in dropped)
+    assert (model.rnn.dropout, make(cell).rnn.dropout) == (0.5, 0.0)
 
 
 def test_new_tokens_keep_the_head_tied():

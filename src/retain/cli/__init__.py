@@ -1,8 +1,11 @@
 """The command line: parse, call, print. Nothing here decides anything."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import typer
 
-from retain import distributed
 from retain.cli import data, information, lineages, measuring, training
 from retain.cli.console import reporting_errors
 
@@ -21,11 +24,22 @@ for part in (training, measuring, lineages, information):
 app.add_typer(data.app, name="data")
 
 
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that `torchrun` started together; alone, torch is not even imported, so `--help` is quick."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    from retain import distributed
+
+    distributed.start()
+    try:
+        yield
+    finally:
+        distributed.stop()
+
+
 def main() -> None:
     """The `retain` command."""
-    with reporting_errors():
-        distributed.start()
-        try:
-            app()
-        finally:
-            distributed.stop()
+    with reporting_errors(), processes():
+        app()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from retain.cli.console import out, print_json, show_log
+from retain.cli.console import out, print_json, say, show_log
 
 __all__ = ["app"]
 
@@ -20,7 +20,9 @@ def data() -> None:
 
 @app.command()
 def check(
-    file: Annotated[str, typer.Argument(help="training rows: JSONL, JSON, CSV, Parquet, a `datasets` folder or hub id")],
+    file: Annotated[
+        str, typer.Argument(help="training rows: JSONL, JSON, CSV, Parquet, a `datasets` folder or hub id")
+    ],
     model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")] = "smollm2-135m",
     test: Annotated[str | None, typer.Option(help="test rows, to look for overlap")] = None,
     format: Annotated[str, typer.Option(help="the rows' format; `retain list` shows them")] = "auto",  # noqa: A002
@@ -45,8 +47,8 @@ def check(
         print_json(report.as_dict())
         return
     for name, value in report.lines():
-        out.print(f"{name:>24}  {value}", highlight=False)
-    out.print("\nthree rows, [bold green]trained[/] and [dim]untrained[/]:\n")
+        say(f"{name:>24}  {value}")
+    out.print(Text.assemble("\nrows, ", ("trained", "bold green"), " and ", ("untrained", "dim"), ":\n"))
     for encoded in report.samples:
         row = Text()
         for piece, trained in preview(encoded, tokenizer):

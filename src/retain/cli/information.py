@@ -1,17 +1,23 @@
 """`list`, `init`, `doctor`: what there is, and whether this machine can do it."""
 
+import inspect
 import os
 import platform
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from retain.cli.console import out, print_json
+from retain.cli.console import out, print_json, say
 from retain.errors import ConfigError
 
 __all__ = ["add"]
@@ -38,7 +44,7 @@ def add(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def known() -> dict[str, dict[str, Any]]:
+def known() -> dict[str, Mapping[str, Any]]:
     """Everything that a recipe can name, by kind."""
     from retain.data.formats import FORMATS
     from retain.evaluation.scoring import METRICS
@@ -49,26 +55,60 @@ def known() -> dict[str, dict[str, Any]]:
 
     return {
         "models": MODELS, "families": FAMILIES, "methods": METHODS, "strategies": STRATEGIES,
-        "metrics": METRICS, "formats": dict.fromkeys(FORMATS) if not isinstance(FORMATS, dict) else FORMATS,
+        "metrics": METRICS, "formats": FORMATS,
     }  # fmt: skip
 
 
 def summary(value: Any) -> str:
-    """The first line of what something says of itself."""
-    text = (value.__doc__ or "") if isinstance(value, type) or callable(value) else ""
-    return text.strip().splitlines()[0] if text.strip() else ""
+    """What something is, in a line."""
+    from retain.data.formats import Format
+    from retain.evaluation.scoring import Metric
+    from retain.models.hub import OfflineModel
+
+    match value:
+        case OfflineModel():
+            return f"{value.hub_id} ({value.licence})"
+        case Format():
+            return value.summary
+        case Metric():
+            return f"answered by {value.needs}"
+        case _:
+            return inspect.cleandoc(value.__doc__ or "").partition("\n")[0]
 
 
-def settings(kind: type) -> list[dict[str, Any]]:
-    """A choice's fields: name, type, default."""
-    if not is_dataclass(kind):
+def spelled(kind: Any) -> str:
+    """A type as a recipe's author thinks of it."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def settings(kind: Any) -> list[dict[str, Any]]:
+    """A choice's fields: name, type, default, and what the docstring says of it."""
+    if not isinstance(kind, type) or not is_dataclass(kind):
         return []
+    meanings = arguments(kind.__doc__ or "")
     found: list[dict[str, Any]] = []
     for one in fields(kind):
-        default = one.default if one.default is not MISSING else one.default_factory() if one.default_factory is not MISSING else None  # fmt: skip
-        needed = one.default is MISSING and one.default_factory is MISSING
-        found.append({"name": one.name, "type": str(one.type).removeprefix("typing."), "default": default, "required": needed})
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        found.append({
+            "name": one.name, "type": spelled(one.type), "required": default is MISSING,
+            "default": None if default is MISSING else default, "meaning": meanings.get(one.name, ""),
+        })  # fmt: skip
     return found
+
+
+def arguments(doc: str) -> dict[str, str]:
+    """What the `Args:` of a docstring say of each name."""
+    meanings: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(doc).partition("\nArgs:\n")[2].splitlines():
+        if line and not line.startswith(" "):
+            break
+        if match := re.match(r"    (\w[\w, ]*): (.*)", line):
+            names = match[1].split(", ")
+            meanings |= dict.fromkeys(names, match[2])
+        else:
+            meanings |= {name: f"{meanings[name]} {line.strip()}".strip() for name in names}
+    return meanings
 
 
 def show(
@@ -81,33 +121,40 @@ def show(
         chosen = {name: kinds[name]} if name else kinds
         if as_json:
             print_json({
-                kind: {key: {"summary": summary(value), "fields": settings(value) if isinstance(value, type) else []}
-                       for key, value in entries.items()} for kind, entries in chosen.items()
+                kind: {key: {"summary": summary(value), "fields": settings(value)} for key, value in entries.items()}
+                for kind, entries in chosen.items()
             })  # fmt: skip
             return
         for kind, entries in chosen.items():
-            out.print(f"[bold]{kind}[/]")
-            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+            out.print(kind, style="bold")
+            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
             for key, value in entries.items():
-                table.add_row(f"  {key}", summary(value) if isinstance(value, type) else "")
+                table.add_row(f"  {key}", summary(value))
             out.print(table)
         return
-    found = {kind: entries[name] for kind, entries in kinds.items() if name in entries}
+    found = [(kind, entries[name]) for kind, entries in kinds.items() if name in entries]
     if not found:
         every = sorted({key for entries in kinds.values() for key in entries} | set(kinds))
-        raise ConfigError(f"nothing is called {name!r}", problems=[f"there are: {', '.join(every)}"])
-    for kind, value in found.items():
+        near = get_close_matches(name, every, n=1)
+        raise ConfigError(
+            f"nothing is called {name!r}" + (f". Did you mean `{near[0]}`?" if near else ""),
+            problems=[f"{kind}: {', '.join(entries)}" for kind, entries in kinds.items()],
+            hint="`retain list` shows them all",
+        )
+    for kind, value in found:
         if as_json:
-            print_json({"kind": kind, "name": name, "doc": value.__doc__, "fields": settings(value)})
-            continue
-        out.print(f"[bold]{name}[/] ({kind})\n", highlight=False)
-        out.print((value.__doc__ or "").strip(), markup=False, highlight=False)
-        table = Table("field", "type", "default", box=None, header_style="bold", pad_edge=False)
-        for one in settings(value) if isinstance(value, type) else []:
-            table.add_row(one["name"], one["type"], "required" if one["required"] else repr(one["default"]))
-        if table.row_count:
-            out.print()
-            out.print(table)
+            print_json({"kind": kind, "name": name, "summary": summary(value), "fields": settings(value)})
+        else:
+            describe(kind, name, value)
+
+
+def describe(kind: str, name: str, value: Any) -> None:
+    """One choice with all its fields."""
+    out.print(Text.assemble((name, "bold"), f" ({kind}): {summary(value)}"))
+    for one in settings(value):
+        default = "required" if one["required"] else f"= {one['default']}"
+        out.print(Text.assemble("\n", (one["name"], "bold"), (f"  {one['type']}  {default}", "dim")))
+        out.print(Padding(one["meaning"], (0, 0, 0, 4)))
 
 
 def init(path: Annotated[Path, typer.Argument(help="the recipe to write")] = Path("recipe.yaml")) -> None:
@@ -116,7 +163,7 @@ def init(path: Annotated[Path, typer.Argument(help="the recipe to write")] = Pat
         raise ConfigError(f"{path} exists already", hint="name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(RECIPE.format(name=path.name), encoding="utf-8")
-    out.print(f"{path}: put your files in, then `retain train {path}`")
+    say(f"{path}: put your files in, then `retain train {path}`")
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False) -> None:

@@ -2,14 +2,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from retain.cli.console import out, print_json
+from retain.cli.console import out, print_json, say
 from retain.errors import LineageError
-from retain.lineage import Lineage
+
+if TYPE_CHECKING:
+    from retain.lineage import Lineage
 
 __all__ = ["add"]
 
@@ -23,40 +25,49 @@ def add(app: typer.Typer) -> None:
     app.command("log")(show_line)
 
 
-def show_line(lineage: Folder, as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False) -> None:
+def opened(path: Path) -> "Lineage":
+    """The lineage; torch is imported only now."""
+    from retain.lineage import Lineage
+
+    return Lineage.open(path)
+
+
+def show_line(
+    lineage: Folder, as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False
+) -> None:
     """Show a lineage's stages: which is the head, what each scored on its own task, what is off the line."""
-    opened = Lineage.open(lineage)
-    line = {stage.index for stage in opened.log()}
+    found = opened(lineage)
+    line = {stage.index for stage in found.log()}
     if as_json:
-        print_json({"head": opened.head, "stages": [asdict(s) | {"on_line": s.index in line} for s in opened.stages]})
+        print_json({"head": found.head, "stages": [asdict(s) | {"on_line": s.index in line} for s in found.stages]})
         return
-    table = Table("stage", "name", "own score", "probes", "from", "committed", box=None, header_style="bold", pad_edge=False)
-    for stage in opened.stages:
-        scores = opened.load_stage(stage.index).scores
+    table = Table("", "stage", "name", "own score", "probes", "from", "committed", box=None, pad_edge=False)
+    for stage in found.stages:
+        scores = found.load_stage(stage.index).scores
         own, probes = scores.get(stage.name), scores.get("probes")
-        mark = "  ← head" if stage.index == opened.head else "" if stage.index in line else "  (off the line)"
         table.add_row(
-            str(stage.index), stage.name, f"{own.value:.3f} {own.metric}" if own else "",
-            f"{probes.value:.3f}" if probes else "", str(stage.parent) if stage.parent >= 0 else "", stage.committed + mark,
+            "head" if stage.index == found.head else "" if stage.index in line else "off", str(stage.index), stage.name,
+            f"{own.value:.3f} {own.metric}" if own else "", f"{probes.value:.3f}" if probes else "",
+            str(stage.parent) if stage.parent >= 0 else "", stage.committed[:16].replace("T", " "),
         )  # fmt: skip
-    out.print(f"{lineage}: base model {opened.base.name}")
+    say(f"{lineage}: base model {found.base.name}")
     out.print(table)
-    if partial := opened.partial():
-        out.print(f"in progress: {partial.name[1:].removesuffix('.partial')} (`retain continue {lineage}` goes on)")
+    if partial := found.partial():
+        say(f"in progress: {partial.name[1:].removesuffix('.partial')} (`retain continue {lineage}` goes on)")
 
 
 def rollback(lineage: Folder, stage: Annotated[int, typer.Argument(help="the stage to go back to")]) -> None:
     """Go back to an earlier stage. Nothing is deleted: `rollforward` undoes it."""
-    opened = Lineage.open(lineage)
-    opened.rollback(stage)
-    out.print(f"head is stage {opened.head}; `retain rollforward {lineage} N` undoes this, `retain prune` makes it final")
+    found = opened(lineage)
+    before = found.head
+    found.rollback(stage)
+    say(f"head is stage {stage}; `retain rollforward {lineage} {before}` undoes this, `retain prune` makes it final")
 
 
 def rollforward(lineage: Folder, stage: Annotated[int, typer.Argument(help="a stage off the line")]) -> None:
     """Go to a stage that a rollback left behind."""
-    opened = Lineage.open(lineage)
-    opened.rollforward(stage)
-    out.print(f"head is stage {opened.head}")
+    opened(lineage).rollforward(stage)
+    say(f"head is stage {stage}")
 
 
 def branch(
@@ -65,30 +76,32 @@ def branch(
     new: Annotated[Path, typer.Argument(help="the new lineage's folder")],
 ) -> None:
     """Start a second lineage from a stage; unchanged files are shared."""
-    made = Lineage.open(lineage).branch(stage, new)
-    out.print(f"{made.path}: head is stage {made.head}")
+    made = opened(lineage).branch(stage, new)
+    say(f"{made.path}: head is stage {made.head}")
 
 
 def prune(lineage: Folder) -> None:
     """Delete the stages that are off the line."""
-    freed = Lineage.open(lineage).prune()
-    out.print(f"{freed / 2**20:.1f} MiB freed")
+    freed = opened(lineage).prune()
+    say(f"{freed / 2**20:.1f} MiB freed")
 
 
 def discard(lineage: Folder) -> None:
     """Delete the stage in progress, so that the lineage is as its last commit left it."""
-    opened = Lineage.open(lineage)
-    partial = opened.partial()
-    opened.discard_partial()
-    out.print(f"discarded {partial.name[1:].removesuffix('.partial')}" if partial else "no stage is in progress")
+    found = opened(lineage)
+    partial = found.partial()
+    found.discard_partial()
+    say(f"discarded {partial.name[1:].removesuffix('.partial')}" if partial else "no stage is in progress")
 
 
 def fsck(lineage: Folder) -> None:
     """Read and hash everything, and say what is wrong."""
-    problems = Lineage.open(lineage).verify()
+    problems = opened(lineage).verify()
     if problems:
-        raise LineageError(f"{lineage} has {len(problems)} problem{'s' if len(problems) > 1 else ''}", problems=problems)
-    out.print(f"{lineage} is sound")
+        raise LineageError(
+            f"{lineage} has {len(problems)} problem{'s' if len(problems) > 1 else ''}", problems=problems
+        )
+    say(f"{lineage} is sound")
 
 
 def export(
@@ -102,5 +115,5 @@ def export(
     from retain.export import export_stage
 
     show_log()
-    export_stage(Lineage.open(lineage), to, stage=stage, merge=merge)
-    out.print(f"{to}: loads with `transformers`" + ("" if merge else " or, where it is an adapter, with `peft`"))
+    export_stage(opened(lineage), to, stage=stage, merge=merge)
+    say(f"{to}: loads with `{'peft' if (to / 'adapter_config.json').exists() else 'transformers'}`")

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from retain.cli.console import err, out, print_json, show_log
-from retain.lineage import Lineage
+from retain.cli.console import err, out, print_json, say, show_log
 
 __all__ = ["add"]
 
@@ -49,22 +48,27 @@ def evaluate(
     table = Table("suite", "score", "95 %", "metric", "rows", "margin", box=None, header_style="bold", pad_edge=False)
     for name, score in evaluation.scores.items():
         margin = "" if score.margin is None else f"{score.margin:+.2f} nats"
-        table.add_row(name, f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}", score.metric, str(score.num), margin)
+        table.add_row(
+            name, f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}", score.metric, str(score.num), margin
+        )
     out.print(table)
 
 
 def report(
     lineage: Annotated[Path, typer.Argument(help="a lineage")],
-    to: Annotated[Path | None, typer.Option("--output", "-o", help="the HTML file; in the lineage's folder where not given")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the HTML file; in the lineage's folder where not given")
+    ] = None,
 ) -> None:
     """Show what was learned and lost: tables here, and one HTML file that works from a mail."""
+    from retain.lineage import Lineage
     from retain.report import write_report
     from retain.report.tables import print_summary
 
     record = Lineage.open(lineage).record()
     path = write_report([record], to or lineage / "report.html")
     print_summary(out, [record])
-    out.print(f"report: {path}")
+    say(f"report: {path}")
 
 
 def compare(
@@ -72,13 +76,14 @@ def compare(
     to: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path("comparison.html"),
 ) -> None:
     """Put several lineages side by side: new skill against old skill kept."""
+    from retain.lineage import Lineage
     from retain.report import write_report
     from retain.report.tables import print_summary
 
     records = [Lineage.open(path).record() for path in lineages]
     path = write_report(records, to)
     print_summary(out, records)
-    out.print(f"report: {path}")
+    say(f"report: {path}")
 
 
 def chat(
@@ -108,6 +113,6 @@ def chat(
         messages.append(Message("user", said))
         text = answer(model, messages, temperature=temperature, max_new_tokens=max_new_tokens)
         messages.append(Message("assistant", text))
-        out.print(text, markup=False, highlight=False)
+        out.print(text, soft_wrap=True)
         if prompt is not None:
             return

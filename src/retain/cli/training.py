@@ -1,15 +1,26 @@
 """`train`, `continue`, `demo`."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from retain.cli.console import out, print_json, show_log, training_progress
+from retain.cli.console import err, out, print_json, say, show_log, training_progress
+from retain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from retain.lineage import Lineage
+    from retain.types import Record
 
 __all__ = ["add"]
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as train.learning_rate=1e-4", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings such as train.learning_rate=1e-4", metavar="[KEY=VALUE]...")
+]
 Accept = Annotated[bool, typer.Option("--accept", help="commit also what is over the forgetting budget, on the record")]
 Json = Annotated[bool, typer.Option("--json", help="print scores as JSON on stdout")]
 
@@ -32,14 +43,15 @@ def train(
     The lineage is written to the recipe's output_dir. Interrupted, the same command goes on.
     """
     from retain.config import load_config
+    from retain.config.run_config import to_tree
     from retain.run import train as run
 
     show_log(quiet=as_json)
     loaded = load_config(recipe, overrides or ())
     for note in loaded.notes:
-        out.print(note, style="dim")
+        say(note, to=err)
     if not as_json:
-        print_settings(loaded.sources, loaded.config)
+        show_settings(to_tree(loaded.config), loaded.sources)
     with training_progress() as progress:
         lineage = run(loaded.config, observers=[progress], accept=accept, sources=loaded.sources)
     finish(lineage, as_json=as_json)
@@ -61,6 +73,10 @@ def extend(
 
     show_log(quiet=as_json)
     new = ()
+    if data is None and (name or test or metric != "auto"):
+        raise ConfigError(
+            "--name, --test and --metric describe a new task, and there is none", hint="give its rows: --data FILE"
+        )
     if data is not None:
         local = Path(data).expanduser()
         train_source = str(local.resolve()) if local.exists() else data
@@ -72,10 +88,13 @@ def extend(
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--output-dir", help="where the two lineages and the report go")] = Path("runs/demo"),
+    folder: Annotated[Path, typer.Option("--output-dir", help="where the two lineages and the report go")] = Path(
+        "runs/demo"
+    ),
     as_json: Json = False,
 ) -> None:
     """Show forgetting and its prevention on the embedded model: three made-up skills, learned twice."""
+    from retain import distributed
     from retain.demo import run_demo
     from retain.report import write_report
     from retain.report.tables import print_summary
@@ -83,41 +102,35 @@ def demo(
     show_log(quiet=as_json)
     with training_progress() as progress:
         lineages = run_demo(folder, observers=[progress])
+    if not distributed.is_main():
+        return
     records = [lineage.record() for lineage in lineages]
     path = write_report(records, folder / "report.html")
     if as_json:
-        print_json([{"title": record.title, "scores": [dict(stage.scores) for stage in record.stages]} for record in records])
+        print_json({record.title: stages(record) for record in records})
         return
     print_summary(out, records)
-    out.print(f"report: {path}")
+    say(f"report: {path}")
 
 
-def print_settings(sources: Any, config: Any) -> None:
-    """What was set, and where each setting that is not a default came from."""
-    from rich.table import Table
-
-    table = Table("setting", "value", "from", box=None, header_style="dim", pad_edge=False)
-    for key, value, source in settings(config, sources):
-        table.add_row(key, value, source)
-    out.print(table)
-
-
-def settings(config: Any, sources: Any) -> list[tuple[str, str, str]]:
-    """(key, value, source) of every setting that somebody made."""
-    from retain.config.run_config import to_tree
-
-    rows: list[tuple[str, str, str]] = []
+def show_settings(tree: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """What was set and by whom, a line a section; the rest are defaults."""
+    sections: dict[tuple[str, str], list[str]] = {}
     for key, source in sources.items():
-        if source == "default":
-            continue
-        value: Any = to_tree(config)
-        for part in key.split("."):
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        rows.append((key, str(value), source))
-    return rows
+        section, _, rest = key.partition(".")
+        if source != "default" and (section != "tasks" or rest.endswith(".name")):
+            value: Any = tree
+            for part in key.split("."):
+                value = value[int(part)] if isinstance(value, list) else value[part]
+            said = str(value) if section == "tasks" or rest in ("", "name") else f"{rest}={value}"
+            sections.setdefault((source, section), []).append(said)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for (source, section), settings in sections.items():
+        table.add_row(source, section, Text(" ".join(settings), overflow="fold"))
+    err.print(table, style="dim")
 
 
-def finish(lineage: Any, *, as_json: bool) -> None:
+def finish(lineage: "Lineage", *, as_json: bool) -> None:
     """Print the tables and write the report."""
     from retain import distributed
     from retain.report import write_report
@@ -128,17 +141,19 @@ def finish(lineage: Any, *, as_json: bool) -> None:
     record = lineage.record()
     path = write_report([record], lineage.path / "report.html")
     if as_json:
-        print_json({"lineage": str(lineage.path), "report": str(path), "stages": [
-            {"index": stage.index, "name": stage.name, "scores": {k: vars_of(v) for k, v in stage.scores.items()}}
-            for stage in record.stages
-        ]})  # fmt: skip
+        print_json({"lineage": str(lineage.path), "report": str(path), "stages": stages(record)})
         return
     print_summary(out, [record])
-    out.print(f"lineage: {lineage.path}\nreport:  {path}")
+    say(f"lineage: {lineage.path}\nreport:  {path}")
 
 
-def vars_of(score: Any) -> dict[str, Any]:
-    """A score's fields."""
-    from dataclasses import asdict
-
-    return asdict(score)
+def stages(record: "Record") -> list[dict[str, Any]]:
+    """Every stage's scores, as JSON can hold them."""
+    return [
+        {
+            "index": stage.index,
+            "name": stage.name,
+            "scores": {suite: asdict(score) for suite, score in stage.scores.items()},
+        }
+        for stage in record.stages
+    ]

@@ -230,7 +230,8 @@ def way_out(tree: Tree) -> str:
     for problem in tree.problems:
         if at := re.match(r"\$\.(method|strategy)(?:\[(\d+)\])?", problem):
             choice: Any = tree.values.get(at[1])
-            choice = choice[int(at[2])] if isinstance(choice, list) and at[2] else choice
+            if isinstance(choice, list):
+                choice = dict(enumerate(cast("list[Any]", choice))).get(int(at[2] or 0))
             name = choice.get("name", DEFAULT_METHOD) if isinstance(choice, dict) else None
             if name in (METHODS if at[1] == "method" else STRATEGIES):
                 return f"`retain list {name}` shows every field with its default"

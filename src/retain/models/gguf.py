@@ -105,8 +105,6 @@ def _dequantised(source: dict[str, str], config: Any) -> Any:
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
     return model
 
 
