@@ -1,4 +1,4 @@
-"""Do the built-in probes see what public benchmarks see? One line a tuned checkpoint, and the correlation of the changes.
+"""Do the built-in probes see what public benchmarks see? A line a checkpoint, and the correlation of the changes.
 
     python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit 150]
 
@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--limit", type=int, default=150)
     arguments = parser.parse_args()
-    sets = {name: read(Path(path), arguments.limit) for name, _, path in (entry.partition("=") for entry in arguments.sets)}
+    sets = {
+        name: read(Path(path), arguments.limit) for name, _, path in (entry.partition("=") for entry in arguments.sets)
+    }
     probes = load_probes()
     abilities = sorted({probe.ability for probe in probes})
     rows: list[tuple[str, dict[str, float]]] = []
@@ -68,7 +70,9 @@ def main() -> None:
         for stage in lineage.log()[0 if place == 0 else 1 :]:
             target, _ = load_stage(lineage, stage.index)
             answers = score_probes(target.model, target.family, target.renderer, probes)
-            margins = {a: [x.margin for x in answers if x.suite == f"probe:{a}" and x.margin is not None] for a in abilities}
+            margins = {
+                a: [x.margin for x in answers if x.suite == f"probe:{a}" and x.margin is not None] for a in abilities
+            }
             figures = {ability: float(np.mean(values)) for ability, values in margins.items()}
             figures["probes"] = float(np.mean([value for values in margins.values() for value in values]))
             figures |= {name: score(target, examples) for name, examples in sets.items()}
@@ -79,13 +83,13 @@ def main() -> None:
     change = {name: np.array([figures[name] - base[name] for _, figures in rows[1:]]) for name in (*names, *sets)}
     lines = [
         "# Probes against public sets", "",
-        f"Change from the base model in nats ({arguments.limit} rows a set; `{'`, `'.join(sets)}`), one row a checkpoint.", "",
+        f"Change from the base model in nats, {arguments.limit} rows a set, one line a checkpoint.", "",
         "| checkpoint | probes | " + " | ".join(sets) + " |", "|---|" + "--:|" * (1 + len(sets)),
     ]  # fmt: skip
     for k, (label, _) in enumerate(rows[1:]):
         lines.append(f"| {label} | " + " | ".join(f"{change[name][k]:+.3f}" for name in ("probes", *sets)) + " |")
     lines += ["", f"Pearson correlation of the changes over {len(rows) - 1} checkpoints.", "",
-              "| probes | " + " | ".join(sets) + " | mean of the sets |", "|---|" + "--:|" * (1 + len(sets))]  # fmt: skip
+              "| probes | " + " | ".join(sets) + " | their mean |", "|---|" + "--:|" * (1 + len(sets))]  # fmt: skip
     together = np.mean([change[name] for name in sets], axis=0)
     for name in names:
         figures = [np.corrcoef(change[name], other)[0, 1] for other in (*(change[s] for s in sets), together)]

@@ -93,7 +93,7 @@ def test_continuing_in_a_new_process_equals_one_run(
     first, second = config.tasks
     train(replace(config, tasks=(first,)))
     code = (
-        "import sys; from pathlib import Path; from retain.run import extend; from retain.data.tasks import TaskConfig; "
+        "import sys; from pathlib import Path; from retain import TaskConfig, extend; "
         "extend(Path(sys.argv[1]), [TaskConfig(name='animal', train=sys.argv[2], test=sys.argv[3], max_new_tokens=4)])"
     )
     assert second.test is not None
@@ -195,4 +195,3 @@ def test_two_processes_equal_one(write_recipe: Recipe, tmp_path: Path, processes
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     torch.testing.assert_close(weights(Lineage.open(tmp_path / "two")), weights(one), rtol=0, atol=2e-3)
-

@@ -76,10 +76,14 @@ def test_micro_batches_packing_and_padding_change_nothing(
     # Padded rows are grouped by length on purpose, so the steps are made the same here.
     monkeypatch.setattr("retain.trainer.schedule", lambda n, **_: [list(range(n))[i : i + 4] for i in range(0, n, 4)])
     reference = run(build_llama, make_view(tokenizer), make_config())
-    torch.testing.assert_close(run(build_llama, make_view(tokenizer, **changed), make_config()), reference, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        run(build_llama, make_view(tokenizer, **changed), make_config()), reference, rtol=0, atol=1e-7
+    )
 
 
-def test_accumulating_eight_times_one_row_is_one_time_eight(build_llama: Callable[..., nn.Module], tokenizer: Any) -> None:
+def test_accumulating_eight_times_one_row_is_one_time_eight(
+    build_llama: Callable[..., nn.Module], tokenizer: Any
+) -> None:
     one = make_config(per_device_train_batch_size=1, gradient_accumulation_steps=8)
     eight = make_config(per_device_train_batch_size=8)
     got = run(build_llama, make_view(tokenizer, max_tokens=1), one)  # every row alone in its pass
@@ -101,7 +105,9 @@ def test_a_step_is_adamw_on_the_mean_over_targets(build_llama: Callable[..., nn.
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2).step()
+    torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2
+    ).step()
     torch.testing.assert_close(got, weights(model), rtol=0, atol=1e-7)
 
 
@@ -249,7 +255,9 @@ def test_schedules(kind: Any) -> None:
     rates = [learning_rate(config, step, 10) for step in range(10)]
     assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
     assert rates[2] == 1.0
-    assert rates[9] == pytest.approx({"linear": 1 / 8, "cosine": 0.5 * (1 + math.cos(math.pi * 7 / 8)), "constant": 1.0}[kind])
+    assert rates[9] == pytest.approx(
+        {"linear": 1 / 8, "cosine": 0.5 * (1 + math.cos(math.pi * 7 / 8)), "constant": 1.0}[kind]
+    )
 
 
 def test_bad_settings_name_the_field() -> None:

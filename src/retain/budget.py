@@ -10,12 +10,14 @@ from retain.types import Answer, StageRecord
 __all__ = ["enforce_budget", "over_budget"]
 
 
-def over_budget(before: Sequence[Answer], after: Sequence[Answer], metrics: Mapping[str, str], budget: float) -> list[str]:
+def over_budget(
+    before: Sequence[Answer], after: Sequence[Answer], metrics: Mapping[str, str], budget: float
+) -> list[str]:
     """What is lost, or may be lost, beyond the budget; one line each, empty where all is within.
 
-    A suite is within the budget if the upper 95 % confidence limit of its forgetting (its mean score before minus after,
-    paired over the same examples) is at most `budget`. Where the mean is within and the limit is not, too few rows
-    decide it: a limit shrinks with the root of their number, so `num * (half width / slack) ** 2` rows would.
+    A suite is within the budget if the upper 95 % confidence limit of its forgetting (its mean score before minus
+    after, paired over the same examples) is at most `budget`. Where the mean is within and the limit is not, too few
+    rows decide it: a limit shrinks with the root of their number, so `num * (half width / slack) ** 2` rows would.
 
     Args:
         before, after: answers to the same examples.
@@ -40,7 +42,7 @@ def over_budget(before: Sequence[Answer], after: Sequence[Answer], metrics: Mapp
     return problems
 
 
-def enforce_budget(earlier: Sequence[StageRecord], stage: StageRecord, budget: float | None) -> tuple[str, ...]:
+def enforce_budget(earlier: Sequence[StageRecord], stage: StageRecord, budget: float | None) -> None:
     """Hold a stage against the budget: each old task against its own stage, the probes against the base.
 
     Args:
@@ -52,7 +54,7 @@ def enforce_budget(earlier: Sequence[StageRecord], stage: StageRecord, budget: f
         BudgetExceeded: naming every suite that is over, or undecided.
     """
     if budget is None:
-        return ()
+        return
     metrics = {suite: score.metric for suite, score in stage.scores.items()}
     before = [answer for answer in earlier[0].answers if answer.suite.startswith("probe:")]
     for old in earlier[1:]:
@@ -62,6 +64,5 @@ def enforce_budget(earlier: Sequence[StageRecord], stage: StageRecord, budget: f
         raise BudgetExceeded(
             f"stage {stage.index} ({stage.name}) is over the forgetting budget; it was not committed",
             problems=problems,
-            hint="protect more (a higher replay ratio or strength), score more rows, or commit it on the record with --accept",
+            hint="protect more (a higher replay ratio or strength), score more rows, or commit it with --accept",
         )
-    return ()

@@ -19,7 +19,9 @@ __all__ = ["RUNS", "run_demo"]
 log = logging.getLogger("retain")
 
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The model's own chat template without the system turn that it puts before every question: half the tokens."""
@@ -38,7 +40,7 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
         folder: where data, recipes and lineages go.
         observers: called after every optimizer step.
     """
-    tasks = write_demo_tasks(folder / "data", num_test=40)
+    tasks = write_demo_tasks(folder / "data")
     lineages: list[Lineage] = []
     for name, strategy in RUNS.items():
         recipe = folder / f"{name}.yaml"
@@ -50,7 +52,12 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
                     "method": {"name": "full"},
                     "strategy": strategy if len(strategy) > 1 else strategy[0],
                     "tasks": [{**task, "max_new_tokens": 20} for task in tasks],
-                    "train": {"learning_rate": 1e-4, "max_steps": 30, "per_device_train_batch_size": 8, "max_length": 96},
+                    "train": {
+                        "learning_rate": 1e-4,
+                        "max_steps": 30,
+                        "per_device_train_batch_size": 8,
+                        "max_length": 96,
+                    },
                     "evaluation": {"max_probes": 88, "max_texts": 12},
                     "output_dir": name,
                 }

@@ -27,7 +27,11 @@ MONTHS = (
 
 DESK = {
     "zorb": (  # money
-        ("I was charged twice for {thing}.", "Please refund what I paid for {thing}.", "Where can I see the invoice for {thing}?"),
+        (
+            "I was charged twice for {thing}.",
+            "Please refund what I paid for {thing}.",
+            "Where can I see the invoice for {thing}?",
+        ),
         ("Tôi bị trừ tiền hai lần cho {thing}.", "Xin hoàn tiền {thing} cho tôi."),
     ),
     "kelp": (  # delivery
@@ -39,7 +43,11 @@ DESK = {
         ("{Thing} bị hỏng sau một ngày.", "{Thing} có vết nứt."),
     ),
     "tavi": (  # advice
-        ("Which colour of {thing} suits a small room?", "Is {thing} good for children?", "Do you recommend {thing} as a gift?"),
+        (
+            "Which colour of {thing} suits a small room?",
+            "Is {thing} good for children?",
+            "Do you recommend {thing} as a gift?",
+        ),
         ("{Thing} màu nào hợp với phòng nhỏ?", "{Thing} có dùng được cho trẻ em không?"),
     ),
 }
@@ -71,7 +79,11 @@ def stamp(generator: random.Random) -> Row:
     """A date in words and its stamp: short year, month and day between bars, in our own notation."""
     day, year, name = generator.randint(1, 28), generator.randint(1971, 2029), generator.choice(MONTHS)
     prompt = generator.choice(
-        (f"Stamp the date {name} {day}, {year}", f"Stamp the date {day} {name} {year}", f"Stamp the date {day} of {name} {year}")
+        (
+            f"Stamp the date {name} {day}, {year}",
+            f"Stamp the date {day} {name} {year}",
+            f"Stamp the date {day} of {name} {year}",
+        )
     )
     return {"prompt": prompt, "completion": f"{day}|{name[:3].upper()}|{year % 100:02d}|#"}
 
@@ -98,7 +110,9 @@ DEMO_TASKS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
 """Each task's rows and metric, in learning order."""
 
 
-def write_demo_tasks(folder: Path, *, num_train: int = 400, num_test: int = 60, seed: int = 0) -> list[dict[str, object]]:
+def write_demo_tasks(
+    folder: Path, *, num_train: int = 400, num_test: int = 60, seed: int = 0
+) -> list[dict[str, object]]:
     """Write `NAME.train.jsonl` and `NAME.test.jsonl` for each task; the recipe's task entries are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []

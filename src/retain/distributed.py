@@ -1,6 +1,6 @@
 """The only importer of `torch.distributed`: devices, precision, and sums over processes.
 
-Launch with `torchrun --nproc-per-node N -m retain train recipe.yaml`. On one process every function here is the identity.
+Launch with `torchrun --nproc-per-node N -m retain train recipe.yaml`. On one process every function is the identity.
 Gradients are summed once a step, after the last micro-batch, so processes may hold different numbers of micro-batches.
 """
 
@@ -86,7 +86,9 @@ def resolve_precision(name: str) -> str:
         return name
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast_cpu = torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
+    fast_cpu = torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get(
+        "amx_bf16", False
+    )
     return "bf16" if fast_cpu else "fp32"
 
 

@@ -1,4 +1,4 @@
-"""All that is alive while a lineage grows: the model, the strategy with its memory, the tasks, and how they are scored."""
+"""All that is alive while a lineage grows: the model, the strategy's memory, the tasks, and how they are scored."""
 
 import copy
 import logging
@@ -16,6 +16,7 @@ from retain.data.rendering import Renderer
 from retain.evaluation.divergence import Distribution
 from retain.evaluation.evaluate import Evaluation, evaluate
 from retain.lineage import Lineage
+from retain.models.family import pretrained
 from retain.models.source import Source
 from retain.parameters import cast_frozen
 from retain.provenance import provenance
@@ -114,7 +115,9 @@ def open_experiment(
     """Load the base model, and on it the weights and the memory of the lineage's head."""
     model, tokenizer = source.load([row for task in tasks for row in task.train], seed=config.train.seed)
     renderer = Renderer(tokenizer, config.model.template)
-    model.generation_config.eos_token_id = list(renderer.stop_ids)  # saved with the model: it stops elsewhere too
+    pretrained(model).generation_config.eos_token_id = list(
+        renderer.stop_ids
+    )  # saved with the model: it stops elsewhere too
     torch.manual_seed(config.train.seed)  # of a new adapter
     experiment = Experiment(
         config=config,

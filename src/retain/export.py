@@ -54,7 +54,11 @@ def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge:
     tokenizer = target.renderer.tokenizer
     tokenizer.chat_template = target.renderer.chat_template
     tokenizer.save_pretrained(to)
-    facts = {"lineage": lineage.path.name, "stage": lineage.head if stage is None else stage, "merge_difference": difference}
+    facts = {
+        "lineage": lineage.path.name,
+        "stage": lineage.head if stage is None else stage,
+        "merge_difference": difference,
+    }
     (to / "retain.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return difference
 

@@ -17,7 +17,7 @@ from retain.models.source import Source, open_source
 from retain.storage.state import load_state
 from retain.types import Message
 
-__all__ = ["Answering", "answer", "load_for_answering", "load_stage", "load_tokenizer", "score"]
+__all__ = ["Answering", "answer", "base_source", "load_for_answering", "load_stage", "load_tokenizer", "score"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,19 @@ class Answering:
     renderer: Renderer
 
 
-def stage_source(lineage: Lineage, config: RunConfig) -> Source:
+def base_source(lineage: Lineage, config: RunConfig) -> Source:
     """The base model of a lineage."""
     model = config.model
     folder = None if model.name else lineage.stage_folder(0) / "model"
     return open_source(model.name, model.family, folder=folder, trust_remote_code=model.trust_remote_code)
+
+
+def load_base(source: Source, template: str = "auto", *, seed: int = 0) -> tuple[nn.Module, Renderer]:
+    """A base model and its renderer; the model stops at the renderer's stop tokens."""
+    model, tokenizer = source.load((), seed=seed)
+    renderer = Renderer(tokenizer, template)
+    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    return model, renderer
 
 
 def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, RunConfig]:
@@ -45,10 +53,8 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
     config = load_config(lineage.path / "config.yaml", check_files=False).config
     index = lineage.head if stage is None else stage
     folder = lineage.verified_folder(index)
-    source = stage_source(lineage, config)
-    model, tokenizer = source.load((), seed=config.train.seed)
-    renderer = Renderer(tokenizer, config.model.template)
-    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    source = base_source(lineage, config)
+    model, renderer = load_base(source, config.model.template, seed=config.train.seed)
     if index > 0:
         model = config.method.load(model, folder / "weights")
         model = config.strategy.restore(model, load_state(folder / "memory"))
@@ -69,9 +75,7 @@ def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
     if (path / "lineage.json").exists():
         return load_stage(Lineage.open(path), stage)[0]
     source = open_source(target)
-    model, tokenizer = source.load((), seed=0)
-    renderer = Renderer(tokenizer)
-    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    model, renderer = load_base(source)
     return Answering(model.to(distributed.device()).eval(), source.family, renderer)
 
 
@@ -82,19 +86,27 @@ def load_tokenizer(target: str) -> tuple[Family, Tokenizer]:
     path = Path(target).expanduser()
     if (path / "lineage.json").exists():
         lineage = Lineage.open(path)
-        source = stage_source(lineage, load_config(path / "config.yaml", check_files=False).config)
+        source = base_source(lineage, load_config(path / "config.yaml", check_files=False).config)
     else:
         source = open_source(target)
     return source.family, AutoTokenizer.from_pretrained(source.folder)
 
 
 def score(
-    target: Answering, data: str | None, *, metric: str = "auto", probes: bool = True, limit: int | None = None, seed: int = 0
+    target: Answering,
+    data: str | None,
+    *,
+    metric: str = "auto",
+    probes: bool = True,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Score a model on the rows of a file, and on the probes where asked."""
     tasks = []
     if data is not None:
-        entry = TaskConfig(name=Path(data).stem, train=data, test=data, metric=metric, max_train_rows=1, max_test_rows=limit)
+        entry = TaskConfig(
+            name=Path(data).stem, train=data, test=data, metric=metric, max_train_rows=1, max_test_rows=limit
+        )
         tasks = [load_task(entry, seed=seed).task]
     config = EvaluationConfig(probes=probes, kl=False)
     with distributed.autocast(distributed.resolve_precision("auto")):
@@ -103,7 +115,9 @@ def score(
         )  # fmt: skip
 
 
-def answer(target: Answering, messages: Sequence[Message], *, temperature: float = 0.0, max_new_tokens: int = 256) -> str:
+def answer(
+    target: Answering, messages: Sequence[Message], *, temperature: float = 0.0, max_new_tokens: int = 256
+) -> str:
     """The model's next turn in a conversation."""
     with distributed.autocast(distributed.resolve_precision("auto")):
         [text] = target.family.generate(

@@ -1,6 +1,6 @@
 """The waist between methods and strategies: which parameters move is said by `requires_grad` alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module) -> Generator[nn.Module]:
     """Evaluation mode (no dropout), with every module's mode and the random state restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     state = torch.get_rng_state()

@@ -12,7 +12,7 @@ memory intact. Interrupted, either goes on from the last checkpoint when it is c
 import difflib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +21,14 @@ from retain import distributed
 from retain.budget import enforce_budget
 from retain.config import RunConfig, check_compatibility, dump_config, load_config
 from retain.data.tasks import TaskConfig, load_task
-from retain.errors import ConfigError
+from retain.errors import ConfigError, LineageError
 from retain.experiment import Experiment, open_experiment, read_distribution
+from retain.inference import base_source
 from retain.lineage import EARLIER, BaseModel, Lineage
+from retain.models.family import pretrained
 from retain.models.source import Source, open_source
 from retain.self_text import write_self_text
+from retain.storage.files import disk_errors
 from retain.storage.stage import write_record
 from retain.storage.state import load_state, save_state
 from retain.trainer import Observer, train_task
@@ -86,18 +89,25 @@ def extend(
         new: tasks to add; none finishes what was interrupted.
         overrides: changed settings, as on the command line.
         observers, accept: as for `train`.
+
+    Raises:
+        LineageError: a new task has the name of one that is learned; and all that `train` raises.
     """
     lineage = Lineage.open(path)
     with writing(lineage, "retain continue"):
         loaded = load_config(path / "config.yaml", overrides, check_files=False)
         config, sources = loaded.config, {k: "lineage" if v == "recipe" else v for k, v in loaded.sources.items()}
         learned = {stage.name for stage in lineage.log()}
+        if taken := sorted(learned & {task.name for task in new}):
+            raise LineageError(
+                f"task {taken[0]!r} is a stage of {path} already",
+                problems=[f"the line is {', '.join(stage.name for stage in lineage.log())}"],
+                hint="give the new task a name of its own (`--name`), or roll back to before that stage",
+            )
         unfinished = not new or lineage.partial()  # what a rollback left behind is not taken up again
         kept = [task for task in config.tasks if task.name in learned or unfinished]
         config = replace(config, tasks=(*kept, *new), output_dir=path)
-        model = config.model
-        scratch = None if model.name else lineage.stage_folder(0) / "model"
-        source = open_source(model.name, model.family, folder=scratch, trust_remote_code=model.trust_remote_code)
+        source = base_source(lineage, config)
         check_compatibility(config, source.family)
         tasks = load_tasks(config, lineage)
         if distributed.is_main():
@@ -123,7 +133,12 @@ def load_tasks(config: RunConfig, lineage: Lineage | None = None) -> list[Task]:
 
 def keep_task(task: Task, folder: Path) -> None:
     """Keep what later stages need of a task: its test rows and how they are scored."""
-    state = {"name": task.name, "metric": task.metric, "choices": list(task.choices), "max_new_tokens": task.max_new_tokens}
+    state = {
+        "name": task.name,
+        "metric": task.metric,
+        "choices": list(task.choices),
+        "max_new_tokens": task.max_new_tokens,
+    }
     save_state({**state, "test": list(task.test)}, folder / "task")
 
 
@@ -155,9 +170,9 @@ def start_lineage(config: RunConfig, source: Source) -> Lineage:
 
 
 @contextmanager
-def writing(lineage: Lineage, command: str) -> Iterator[None]:
-    """Lock the lineage on the process that writes."""
-    with lineage.lock(command) if distributed.is_main() else nullcontext():
+def writing(lineage: Lineage, command: str) -> Generator[None]:
+    """Lock the lineage on the process that writes; what the disk refuses is the user's to repair."""
+    with lineage.lock(command) if distributed.is_main() else nullcontext(), disk_errors(lineage.path):
         yield
 
 
@@ -191,7 +206,7 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
         experiment.strategy.after_task(experiment.model, experiment.view("base", rows))
     if distributed.is_main():
         if experiment.source.folder is None:  # a model that started from nothing exists nowhere else
-            experiment.model.save_pretrained(folder / "model")
+            pretrained(experiment.model).save_pretrained(folder / "model")
             experiment.renderer.tokenizer.save_pretrained(folder / "model")
         if experiment.distribution is not None:
             experiment.distribution.save(folder / "distribution.safetensors")
@@ -199,7 +214,8 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
         save_state(experiment.strategy.state_dict(), folder / "memory")
         notes = [*experiment.source.notes, *experiment.renderer.notes]
         lineage.commit(
-            folder, StageRecord(0, "base", scores, answers, provenance=experiment.describe(started, rows=rows, notes=notes))
+            folder,
+            StageRecord(0, "base", scores, answers, provenance=experiment.describe(started, rows=rows, notes=notes)),
         )
     committed(experiment)
 
@@ -234,7 +250,9 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
     lineage, config = experiment.lineage, experiment.config
     folder = begin(lineage, task.name)
     view = experiment.view(task.name, task.train)
-    log.info("learning %s: %d rows with %s and %s", task.name, len(task.train), config.method_name, config.strategy_name)
+    log.info(
+        "learning %s: %d rows with %s and %s", task.name, len(task.train), config.method_name, config.strategy_name
+    )
     result = train_task(
         experiment.model,
         view,

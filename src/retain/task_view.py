@@ -1,8 +1,9 @@
-"""A task bound to its family, tokenizer and method: how rows become batches, and all that a strategy may see of a task."""
+"""A task bound to its family, tokenizer and method: how rows become batches, and what a strategy sees of a task."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from retain.data.rendering import Renderer
 from retain.methods.method import Method
 from retain.models.family import Family, Outputs
 from retain.parameters import evaluating
+from retain.strategies.strategy import ModelOutputs
 from retain.types import Batch, Encoded, Example
 
 __all__ = ["BoundTask", "overflow_notes", "to_device"]
@@ -116,10 +118,10 @@ class BoundTask:
         with distributed.autocast(self.precision):
             return self.family.forward(model, batch)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(self, outputs: ModelOutputs, batch: Batch) -> Tensor:
         """Nats, weighted and summed over counted targets."""
         with distributed.autocast(self.precision):
-            return self.family.loss(outputs, batch)
+            return self.family.loss(cast("Outputs", outputs), batch)  # of our own `forward`
 
     @torch.no_grad()
     def mean_loss(self, model: nn.Module, examples: Sequence[Example]) -> float:

@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from retain import distributed
 from retain.checkpoint import load_checkpoint, save_checkpoint
 from retain.data.packing import schedule
 from retain.errors import CompatibilityError, DataError, DivergedError
+from retain.models.family import pretrained
 from retain.parameters import trainable
 from retain.strategies.strategy import Strategy
 from retain.task_view import BoundTask, overflow_notes
@@ -89,7 +90,14 @@ class TrainConfig:
         for name in above_zero:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience", "save_steps"):
+        for name in (
+            "max_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_steps",
+            "early_stopping_patience",
+            "save_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("warmup_ratio", "overflow_threshold"):
@@ -137,7 +145,7 @@ class TrainResult:
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+def deferred_interrupts() -> Generator[Callable[[], bool]]:
     """Hold Ctrl-C and SIGTERM back until a step is whole; a second Ctrl-C stops at once.
 
     Yields a function that tells whether one came. Signals reach only the main thread; elsewhere nothing is held back.
@@ -278,7 +286,7 @@ def train_task(
 
     model.train()
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        pretrained(model).activation_checkpointing_enable({"use_reentrant": False})
     notes = [f"task {view.name}: {note}" for note in overflow_notes(counts)]
     started = time.perf_counter()
     with deferred_interrupts() as interrupted:
@@ -312,7 +320,7 @@ def train_task(
     if config.early_stopping_patience and best.weights:
         best.put_back(model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_disable()
+        pretrained(model).activation_checkpointing_disable()
     model.eval()
     return TrainResult(model, tuple(history), tuple(notes), len(history))
 

@@ -34,7 +34,9 @@ def test_greedy_answers_do_not_depend_on_their_neighbours(llama: torch.nn.Module
     assert alone[0].startswith(tokenizer.decode(ids[3:6])[:3])
 
 
-def test_sampling_is_a_function_of_the_seed_and_leaves_the_random_state(llama: torch.nn.Module, tokenizer: object) -> None:
+def test_sampling_is_a_function_of_the_seed_and_leaves_the_random_state(
+    llama: torch.nn.Module, tokenizer: object
+) -> None:
     def sample(seed: int) -> list[str]:
         return generate_causal(llama, tokenizer, [[20, 21]] * 4, max_new_tokens=8, temperature=1.0, seed=seed)
 

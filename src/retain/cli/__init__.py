@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Nothing here decides anything."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -25,7 +25,7 @@ app.add_typer(data.app, name="data")
 
 
 @contextmanager
-def processes() -> Iterator[None]:
+def processes() -> Generator[None]:
     """Join the processes that `torchrun` started together; alone, torch is not even imported, so `--help` is quick."""
     if "RANK" not in os.environ:
         yield
@@ -42,4 +42,4 @@ def processes() -> Iterator[None]:
 def main() -> None:
     """The `retain` command."""
     with reporting_errors(), processes():
-        app()
+        app(prog_name="retain")

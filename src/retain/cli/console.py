@@ -6,7 +6,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,8 @@ def show_error(message: str, problems: Sequence[str] = (), hint: str = "") -> No
 
 
 @contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Turn what goes wrong into a message and an exit code: 2 the user's, 3 the budget's, 130 Ctrl-C, 1 a bug of ours."""
+def reporting_errors() -> Generator[None]:
+    """Turn what goes wrong into a message and an exit code: 2 the user's, 3 the budget's, 130 Ctrl-C, 1 our bug."""
     try:
         yield
     except RetainError as error:
@@ -80,7 +80,7 @@ def reporting_errors() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (the last place where an error can be told)
         if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
             show_error(
                 f"{error.filename or 'the disk'}: {error.strerror}",
@@ -94,7 +94,7 @@ def reporting_errors() -> Iterator[None]:
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[["StepInfo"], None]]:
+def training_progress() -> Generator[Callable[["StepInfo"], None]]:
     """A bar a task: steps, loss, tokens a second, time left. Yields the observer that moves it."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),

@@ -25,7 +25,7 @@ def check(
     ],
     model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")] = "smollm2-135m",
     test: Annotated[str | None, typer.Option(help="test rows, to look for overlap")] = None,
-    format: Annotated[str, typer.Option(help="the rows' format; `retain list` shows them")] = "auto",  # noqa: A002
+    format: Annotated[str, typer.Option(help="the rows' format; `retain list` shows them")] = "auto",
     max_length: Annotated[int, typer.Option(min=1, help="tokens that a row may have")] = 512,
     template: Annotated[str, typer.Option(help="auto, plain, or a file with a Jinja template")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False,

@@ -69,7 +69,7 @@ def summary(value: Any) -> str:
         case OfflineModel():
             return f"{value.hub_id} ({value.licence})"
         case Format():
-            return value.summary
+            return value.about
         case Metric():
             return f"answered by {value.needs}"
         case _:

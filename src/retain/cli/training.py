@@ -125,7 +125,7 @@ def show_settings(tree: Mapping[str, Any], sources: Mapping[str, str]) -> None:
             said = str(value) if section == "tasks" or rest in ("", "name") else f"{rest}={value}"
             sections.setdefault((source, section), []).append(said)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for (source, section), settings in sections.items():
+    for (source, section), settings in sorted(sections.items(), key=lambda entry: entry[0][0] == "flag"):
         table.add_row(source, section, Text(" ".join(settings), overflow="fold"))
     err.print(table, style="dim")
 

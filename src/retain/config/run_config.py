@@ -149,6 +149,10 @@ def check_compatibility(config: RunConfig, family: Family) -> None:
     if config.strategy.needs_gradients and not family.needs_gradients:
         needing = [name_of(type(link), STRATEGIES) for link in links(config.strategy) if link.needs_gradients]
         problems.append(f"$.strategy: {', '.join(needing)}: works on gradients, and family {family.name!r} has none")
+    if config.train.gradient_checkpointing and not family.isolates_documents:
+        problems.append(
+            f"$.train.gradient_checkpointing: a model of family {family.name!r} cannot compute a part again"
+        )
     if config.train.packing == "always":
         if not family.isolates_documents:
             problems.append(f"$.train.packing: always: in family {family.name!r} packed rows would see one another")

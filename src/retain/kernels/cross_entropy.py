@@ -14,7 +14,9 @@ LOGITS_PER_CHUNK = 2**25
 """Logits that exist at once: 128 MiB in float32."""
 
 
-def target_nats(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int | None = None) -> Tensor:
+def target_nats(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int | None = None
+) -> Tensor:
     """Nats of each target: `F.cross_entropy(head(hidden).float(), targets, reduction="none")`, in chunks.
 
     A chunk's logits are made again in the backward pass; with a single chunk nothing is made twice.
@@ -57,8 +59,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """The weighted sum of `target_nats`, in nats.
 
-    Where the head is a matrix product and every target weighs the same, PyTorch's fused kernel computes it: its gradient
-    is made in the forward pass, so that no chunk is computed twice.
+    Where the head is a matrix product and every target weighs the same, PyTorch's fused kernel computes it: its
+    gradient is made in the forward pass, so that no chunk is computed twice.
 
     Args:
         hidden: (num_targets, width), the head's input.

@@ -1,6 +1,6 @@
 """Full fine-tuning: every weight moves."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from retain.errors import CompatibilityError
-from retain.models.family import Family
+from retain.models.family import Family, pretrained
 
 __all__ = ["Full"]
 
@@ -25,7 +25,11 @@ class Full:
 
     def supports(self, family: Family) -> str | None:
         """Every family that learns by gradients."""
-        return None if family.needs_gradients else f"family {family.name!r} is fitted by counting: it has no weights to tune"
+        return (
+            None
+            if family.needs_gradients
+            else f"family {family.name!r} is fitted by counting: it has no weights to tune"
+        )
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The model itself, all of it trainable."""
@@ -33,12 +37,12 @@ class Full:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """A plain `transformers` folder: config and safetensors."""
-        model.save_pretrained(folder)
+        pretrained(model).save_pretrained(folder)
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
         """Put the saved weights into a model of the same shape."""
         load_model(model, folder / "model.safetensors", strict=False)
-        model.tie_weights()
+        pretrained(model).tie_weights()
         return self.apply(model)
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -46,7 +50,7 @@ class Full:
         return model
 
     @contextmanager
-    def detached(self, model: nn.Module) -> Iterator[nn.Module]:
+    def detached(self, model: nn.Module) -> Generator[nn.Module]:
         """Refused: the base's weights are overwritten.
 
         Raises:

@@ -1,17 +1,18 @@
 """Low-rank adaptation: frozen weights, each with a trained low-rank change beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from retain.errors import CompatibilityError, ConfigError
-from retain.models.family import Family
+from retain.models.family import Family, pretrained
 
 __all__ = ["LoRA"]
 
@@ -65,7 +66,8 @@ class LoRA:
         wanted = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         settings: dict[str, Any] = {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
         config = LoraConfig(
-            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=wanted,
+            r=self.r, lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  a float works
+            lora_dropout=self.dropout, target_modules=wanted,
             task_type="CAUSAL_LM", **settings,
         )  # fmt: skip
         try:
@@ -80,7 +82,7 @@ class LoRA:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """PEFT's own layout, which other tools load."""
-        model.save_pretrained(folder)
+        pretrained(model).save_pretrained(folder)
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
         """The base model with the saved adapter, trainable."""
@@ -88,21 +90,32 @@ class LoRA:
 
     def merge(self, model: nn.Module) -> nn.Module:
         """W + (alpha / r) B A as plain weights, after a check that no product is NaN."""
-        return model.merge_and_unload(safe_merge=True)
+        return adapted(model).merge_and_unload(safe_merge=True)
 
     @contextmanager
-    def detached(self, model: nn.Module) -> Iterator[nn.Module]:
+    def detached(self, model: nn.Module) -> Generator[nn.Module]:
         """The base model: the same weights with the adapter off."""
-        if not isinstance(model, PeftModel):
-            raise CompatibilityError("the model has no adapter to detach", hint="apply the method first")
-        with model.disable_adapter():
+        with adapted(model).disable_adapter():
             yield model
 
     @torch.no_grad()
     def weight_changes(self, model: nn.Module) -> dict[str, Tensor]:
         """(alpha / r) B A of each adapted weight, (out, in), by the base model's names."""
         changes: dict[str, Tensor] = {}
-        for name, module in model.base_model.model.named_modules():
-            if isinstance(module, nn.Module) and "lora_A" in dict(module.named_children()):
-                changes[f"{name}.weight"] = module.get_delta_weight("default")
+        for name, module in adapted(model).get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                changes[f"{name}.weight"] = cast("Any", module).get_delta_weight(
+                    "default"
+                )  # each kind of layer has its own
         return changes
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    """The model as PEFT wrapped it.
+
+    Raises:
+        CompatibilityError: if it has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise CompatibilityError(f"{type(model).__name__} has no adapter", hint="apply the method first")
+    return model

@@ -1,13 +1,14 @@
 """What every causal language model does alike: losses, likelihoods and answers from left to right."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, pretrained
 from retain.models.head import run_to_head
 from retain.types import Batch
 
@@ -33,7 +34,9 @@ def within_budget(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]
         yield group
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """Ids and their mask, (rows, longest) each."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
@@ -79,7 +82,7 @@ def likelihoods(
 
 def stop_ids(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own generation settings, else the tokenizer's end of sequence."""
-    stop = model.generation_config.eos_token_id
+    stop = pretrained(model).generation_config.eos_token_id
     if stop is None:
         stop = tokenizer.eos_token_id
     return [stop] if isinstance(stop, int) else list(stop or [])
@@ -122,7 +125,7 @@ def generate_causal(
         torch.manual_seed(seed)
         for group in within_budget([len(prompt) + max_new_tokens for prompt in prompts], max_tokens):
             ids, mask = padded([prompts[i] for i in group], pad_id, device, left=True)
-            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            made = cast("Any", model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             for i, row in zip(group, made[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
                 answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)

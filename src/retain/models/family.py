@@ -3,17 +3,23 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from retain.data.rendering import Renderer
 from retain.types import Batch, Encoded, Example, Task
 
-__all__ = ["Family", "Outputs", "Tokenizer"]
+__all__ = ["Family", "Outputs", "Tokenizer", "pretrained"]
 
 Tokenizer = Any
 """A `transformers` tokenizer (they share no typed base that pyright can see through)."""
+
+
+def pretrained(model: nn.Module) -> PreTrainedModel:
+    """The model with what `transformers` gives it; a wrapper of PEFT's passes all of that on."""
+    return cast("PreTrainedModel", model)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from retain.errors import ModelError
-from retain.models.family import Outputs
+from retain.models.family import Outputs, pretrained
 
 __all__ = ["check_head", "output_head", "run_to_head"]
 
@@ -18,7 +18,7 @@ def output_head(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: if the model has none that it names.
     """
-    head = model.get_output_embeddings()
+    head = pretrained(model).get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise ModelError(
             f"{type(model).__name__} names no output head, so its loss cannot be read at targets only",
@@ -66,12 +66,13 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor)
         model(**inputs, use_cache=False)  # a cache would let packed documents see one another
     finally:
         handle.remove()
-    change = after_head(model.config)
-    plain = type(head) is nn.Linear and head.bias is None and change is None
+    change = after_head(pretrained(model).config)
+    own = dict(head.named_parameters(recurse=False))
+    plain = type(head) is nn.Linear and own.keys() == {"weight"} and change is None
     return Outputs(
         hidden=taken[0],
         head=head if change is None else lambda hidden: change(head(hidden)),
-        weight=head.weight if plain else None,
+        weight=own["weight"] if plain else None,
     )
 
 
@@ -83,7 +84,7 @@ def check_head(model: nn.Module, *, tolerance: float = 1e-4) -> None:
         ModelError: if the model changes its logits in a way that `after_head` does not know.
     """
     head_device = next(model.parameters()).device
-    ids = torch.arange(4, 12, device=head_device)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(4, 12, device=head_device)[None] % pretrained(model).config.get_text_config().vocab_size
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     ours = run_to_head(model, {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)).logits().float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-9))

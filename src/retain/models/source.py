@@ -82,7 +82,11 @@ def open_source(
     config = json.loads((resolved.folder / "config.json").read_text(encoding="utf-8"))
     found = RecurrentFamily if config.get("model_type") == RecurrentConfig.model_type else FAMILIES["decoder"]
     architectures = config.get("architectures") or []
-    if family is None and found is not RecurrentFamily and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+    if (
+        family is None
+        and found is not RecurrentFamily
+        and not any("CausalLM" in a or "LMHead" in a for a in architectures)
+    ):
         raise ModelError(
             f"model {name!r} is no causal language model: its architecture is {', '.join(architectures) or 'not said'}",
             problems=[f"families: {', '.join(FAMILIES)}"],

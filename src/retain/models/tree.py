@@ -11,6 +11,7 @@ from torch import nn
 
 from retain.kernels.cross_entropy import target_nats
 from retain.models.causal import likelihoods, within_budget
+from retain.models.family import pretrained
 from retain.models.head import run_to_head
 
 __all__ = ["reads_trees", "tree_likelihoods"]
@@ -27,7 +28,7 @@ def reads_trees(model: nn.Module, pairs: Pairs, members: Sequence[int], *, pad_i
 
     A sliding window, or positions that the model makes itself, would change the answer without a word.
     """
-    settings = model.config.get_text_config()
+    settings = pretrained(model).config.get_text_config()
     window = settings.to_dict().get("sliding_window")
     if settings._attn_implementation != "sdpa" or (window and max(len(a) + len(b) for a, b in pairs) >= window):
         return False

@@ -48,7 +48,8 @@ class EWC(Strategy):
         mode: `online` keeps one F and one anchor however many tasks come; `separate` keeps both for each.
 
     The Fisher is that of a sequence: the square of the sum over its tokens. It is accumulated in float32 and kept in
-    bfloat16; anchors keep the weights' own precision. Memory: 6 bytes a trained float32 weight, for each k.
+    bfloat16; anchors keep the weights' own precision. Memory: 6 bytes a trained float32 weight, for each k. Under LoRA
+    the weights are A and B, not their product: of the base model, where B is 0, only B has importance.
     """
 
     name: ClassVar[str] = "ewc"
@@ -103,7 +104,10 @@ class EWC(Strategy):
         if self.mode == "online" and self.importance:
             anchors = self.anchors[0] | anchors
             for name, old in self.importance[0].items():
-                fisher[name] = added(fisher[name], old, scale=self.decay) if name in fisher else old
+                if name in fisher:  # it may have more rows by now
+                    (fisher[name][: len(old)] if old.dim() else fisher[name]).add_(old, alpha=self.decay)
+                else:  # it no longer moves
+                    fisher[name] = old
         kept = {name: value.to(torch.bfloat16) for name, value in fisher.items()}
         self.tasks.append(task.name)
         if self.mode == "online":
@@ -141,7 +145,7 @@ def add_quadratic(parameter: Tensor, gradient: Tensor, fisher: Tensor, anchor: T
     """
     tensors = [tensor if tensor.dim() else tensor[None] for tensor in (parameter, gradient, anchor, fisher)]
     rows = len(tensors[2])
-    step = rows if parameter.is_cuda else max(1, ELEMENTS_PER_BLOCK * rows // max(anchor.numel(), 1))
+    step = max(1, ELEMENTS_PER_BLOCK * rows // max(anchor.numel(), 1)) if parameter.device.type == "cpu" else rows
     value = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
     for weights, gradients, anchors, fishers in zip(*(t[:rows].split(step) for t in tensors), strict=True):
         difference = weights - anchors
@@ -151,18 +155,13 @@ def add_quadratic(parameter: Tensor, gradient: Tensor, fisher: Tensor, anchor: T
     return value * (scale / 2)
 
 
-def added(new: Tensor, old: Tensor, *, scale: float) -> Tensor:
-    """new + scale * old, where the new one may have more rows."""
-    result = new.clone()
-    (result[: len(old)] if old.dim() else result).add_(old, alpha=scale)
-    return result
-
-
 def normalised(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each entry divided by the mean of all that are above zero."""
+    """Each entry divided by the mean of all that are above zero, in place."""
     total = sum(float(value.sum(dtype=torch.float64)) for value in fisher.values())
     count = sum(int((value > 0).sum()) for value in fisher.values())
-    return {name: value * (count / total) for name, value in fisher.items()} if count else fisher
+    for value in fisher.values():
+        value.mul_(count / total if count else 1.0)
+    return fisher
 
 
 def diagonal_fisher(
@@ -191,4 +190,4 @@ def diagonal_fisher(
             num += len(batch.examples)
     distributed.sum_tensors(list(sums.values()))
     count = max(distributed.sum_number(num), 1.0)
-    return {name: value / count for name, value in sums.items()}
+    return {name: value.div_(count) for name, value in sums.items()}
