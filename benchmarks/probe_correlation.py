@@ -1,6 +1,6 @@
 """Do the built-in probes see what public benchmarks see? A line a checkpoint, and the correlation of the changes.
 
-    python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit 150]
+    python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit 150] [--probes 464]
 
 Every stage of the lineages is scored on the probes and on the sets (JSONL with prompt, completion and, for choices,
 `choices` and `answer`), on the same examples, and compared with the base model's scores.
@@ -13,8 +13,9 @@ from random import Random
 
 import numpy as np
 
+from retain import distributed
 from retain.data.rendering import Renderer
-from retain.evaluation.probes import load_probes, score_probes
+from retain.evaluation.probes import balanced, load_probes, score_probes
 from retain.evaluation.scoring import choice_margin
 from retain.inference import Answering, load_stage
 from retain.lineage import Lineage
@@ -57,25 +58,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lineages", nargs="+", type=Path)
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=FILE")
-    parser.add_argument("--limit", type=int, default=150)
+    parser.add_argument("--limit", type=int, default=150, help="rows of each set")
+    parser.add_argument("--probes", type=int, default=464, help="probes, balanced over abilities")
     arguments = parser.parse_args()
     sets = {
         name: read(Path(path), arguments.limit) for name, _, path in (entry.partition("=") for entry in arguments.sets)
     }
-    probes = load_probes()
+    probes = balanced(load_probes(), arguments.probes, seed=0)
     abilities = sorted({probe.ability for probe in probes})
     rows: list[tuple[str, dict[str, float]]] = []
     for place, path in enumerate(arguments.lineages):
         lineage = Lineage.open(path)
         for stage in lineage.log()[0 if place == 0 else 1 :]:
             target, _ = load_stage(lineage, stage.index)
-            answers = score_probes(target.model, target.family, target.renderer, probes)
+            with distributed.autocast(distributed.resolve_precision("auto")):
+                answers = score_probes(target.model, target.family, target.renderer, probes)
+                public = {name: score(target, examples) for name, examples in sets.items()}
             margins = {
                 a: [x.margin for x in answers if x.suite == f"probe:{a}" and x.margin is not None] for a in abilities
             }
             figures = {ability: float(np.mean(values)) for ability, values in margins.items()}
             figures["probes"] = float(np.mean([value for values in margins.values() for value in values]))
-            figures |= {name: score(target, examples) for name, examples in sets.items()}
+            figures |= public
             rows.append((f"{path.name} {stage.index} {stage.name}", figures))
             print(rows[-1][0], {name: round(value, 3) for name, value in figures.items()}, flush=True)
     names = ["probes", *abilities]
@@ -83,7 +87,7 @@ def main() -> None:
     change = {name: np.array([figures[name] - base[name] for _, figures in rows[1:]]) for name in (*names, *sets)}
     lines = [
         "# Probes against public sets", "",
-        f"Change from the base model in nats, {arguments.limit} rows a set, one line a checkpoint.", "",
+        f"Change from the base model in nats, {len(probes)} probes, {arguments.limit} rows a set.", "",
         "| checkpoint | probes | " + " | ".join(sets) + " |", "|---|" + "--:|" * (1 + len(sets)),
     ]  # fmt: skip
     for k, (label, _) in enumerate(rows[1:]):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from retain.errors import LineageError
-from retain.lineage import CHECKPOINTS, BaseModel, Lineage, load_state, save_state
+from retain.lineage import CHECKPOINTS, EARLIER, BaseModel, Lineage, load_state, save_state
+from retain.storage.stage import write_record
 from retain.types import Answer, Example, Score, StageRecord
 
 BASE = BaseModel("smollm2-135m", "main", "abc")
@@ -273,6 +275,22 @@ def test_the_record_is_of_the_line(lineage: Lineage):
     assert record.stages == (record_of(0, "base"), record_of(1, "banking"), record_of(2, "legal"))
     lineage.rollback(1)
     assert (lineage.record().tasks, lineage.record().strategy) == (("banking",), "replay")
+
+
+def test_what_earlier_stages_score_on_a_late_task_is_added_to_them(lineage: Lineage):
+    late = Score(0.5, "exact_match", 1, 0.0, 1.0)
+    answer = Answer("menus", "m", "q", "e", "?", 0.5)
+    partial = lineage.begin("menus")
+    (partial / EARLIER / "0001").mkdir(parents=True)
+    write_record(partial / EARLIER / "0001", StageRecord(1, "banking", {"menus": late}, (answer,)))
+    lineage.commit(partial, record_of(3, "menus"))
+    known = record_of(1, "banking")
+    assert lineage.record().stages[1] == replace(
+        known, scores={**known.scores, "menus": late}, answers=(*known.answers, answer)
+    )
+    assert lineage.load_stage(1) == known
+    lineage.rollback(2)
+    assert lineage.record().stages[1] == known
 
 
 def test_damage_is_never_read(lineage: Lineage):

@@ -11,6 +11,7 @@ memory intact. Interrupted, either goes on from the last checkpoint when it is c
 
 import difflib
 import logging
+import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from retain.lineage import EARLIER, BaseModel, Lineage
 from retain.models.family import pretrained
 from retain.models.source import Source, open_source
 from retain.self_text import write_self_text
+from retain.storage.files import disk_errors
 from retain.storage.files import disk_errors
 from retain.storage.stage import write_record
 from retain.storage.state import load_state, save_state
@@ -205,13 +207,14 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
         log.info("%s consolidates on %d rows of the base model", config.strategy_name, len(rows))
         experiment.strategy.after_task(experiment.model, experiment.view("base", rows))
     if distributed.is_main():
-        if experiment.source.folder is None:  # a model that started from nothing exists nowhere else
-            pretrained(experiment.model).save_pretrained(folder / "model")
-            experiment.renderer.tokenizer.save_pretrained(folder / "model")
-        if experiment.distribution is not None:
-            experiment.distribution.save(folder / "distribution.safetensors")
-        save_state({"rows": list(rows)}, folder / "base_text")
-        save_state(experiment.strategy.state_dict(), folder / "memory")
+        with disk_errors(folder):
+            if experiment.source.folder is None:  # a model that started from nothing exists nowhere else
+                pretrained(experiment.model).save_pretrained(folder / "model")
+                experiment.renderer.tokenizer.save_pretrained(folder / "model")
+            if experiment.distribution is not None:
+                experiment.distribution.save(folder / "distribution.safetensors")
+            save_state({"rows": list(rows)}, folder / "base_text")
+            save_state(experiment.strategy.state_dict(), folder / "memory")
         notes = [*experiment.source.notes, *experiment.renderer.notes]
         lineage.commit(
             folder,
@@ -261,6 +264,7 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
         validation=task.validation,
         observers=experiment.observers,
         folder=folder / "checkpoints",
+        keep_last=config.budget.forgetting is not None,
     )
     experiment.model = result.model
     experiment.strategy.after_task(experiment.model, view)
@@ -272,12 +276,14 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
         experiment.describe(started, rows=task.train, history=result.history, notes=result.notes, accepted=accept),
     )  # fmt: skip
     if distributed.is_main():
-        config.method.save(experiment.model, folder / "weights")
-        experiment.renderer.tokenizer.save_pretrained(folder / "weights")
-        save_state(experiment.strategy.state_dict(), folder / "memory")
-        keep_task(task, folder)
-        for earlier in experiment.earlier:
-            write_record(make_folder(folder / EARLIER / f"{earlier.index:04d}"), earlier)
+        with disk_errors(folder):
+            shutil.rmtree(folder / "weights", ignore_errors=True)  # of a commit that was cut short
+            config.method.save(experiment.model, folder / "weights")
+            experiment.renderer.tokenizer.save_pretrained(folder / "weights")
+            save_state(experiment.strategy.state_dict(), folder / "memory")
+            keep_task(task, folder)
+            for earlier in experiment.earlier:
+                write_record(make_folder(folder / EARLIER / f"{earlier.index:04d}"), earlier)
         if not accept:
             line = [lineage.load_stage(stage.index) for stage in lineage.log()]
             enforce_budget(line, record, config.budget.forgetting)

@@ -19,11 +19,14 @@ from retain.data.packing import schedule
 from retain.errors import CompatibilityError, DataError, DivergedError
 from retain.models.family import pretrained
 from retain.parameters import trainable
-from retain.strategies.strategy import Strategy
+from retain.strategies.strategy import State, Strategy
 from retain.task_view import BoundTask, overflow_notes
 from retain.types import Encoded, Example, StepInfo
 
 __all__ = ["Observer", "TrainConfig", "TrainResult", "learning_rate", "train_task"]
+
+WORTH_KEEPING = 60.0
+"""Seconds of training from which a checkpoint is written after the last step: what follows may be interrupted."""
 
 Observer = Callable[[StepInfo], None]
 """Looks at a step; what it returns is ignored."""
@@ -176,6 +179,15 @@ class Best:
     waited: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def state(self) -> State:
+        """What a checkpoint keeps of it."""
+        return {"loss": self.loss, "waited": self.waited, **{f"weights/{k}": v for k, v in self.weights.items()}}
+
+    def restore(self, state: State) -> None:
+        """Take it back."""
+        self.loss, self.waited = state["loss"], state["waited"]
+        self.weights = {key.removeprefix("weights/"): v for key, v in state.items() if key.startswith("weights/")}
+
     def see(self, loss: float, model: nn.Module) -> None:
         """Keep the weights of a better loss, or count one more validation without."""
         if loss < self.loss:
@@ -237,6 +249,7 @@ def train_task(
     validation: Sequence[Example] = (),
     observers: Sequence[Observer] = (),
     folder: Path | None = None,
+    keep_last: bool = False,
 ) -> TrainResult:
     """Train a model on one task, under a strategy.
 
@@ -251,6 +264,7 @@ def train_task(
         validation: rows for `eval_steps` and early stopping.
         observers: called after every step.
         folder: where checkpoints go; one that lies there is continued, bit for bit.
+        keep_last: write a checkpoint after the last step, also where training was short.
 
     Raises:
         DataError: if no row is left to train on.
@@ -274,14 +288,16 @@ def train_task(
     best = Best()
     first = 0
     if folder is not None and (checkpoint := load_checkpoint(folder, model=model, optimizer=optimizer)) is not None:
-        model = strategy.restore(model, checkpoint.strategy_state)
+        model = strategy.restore(model, part_of(checkpoint.strategy_state, "strategy/"))
+        best.restore(part_of(checkpoint.strategy_state, "best/"))
         history = [StepInfo(**info) for info in checkpoint.position["history"]]
         first = len(history)
 
     def save() -> None:
         if folder is not None:
             position: Mapping[str, Any] = {"history": [asdict(info) for info in history]}
-            state = strategy.state_dict()
+            parts = {"strategy/": strategy.state_dict(), "best/": best.state()}
+            state = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
             save_checkpoint(folder, model=model, optimizer=optimizer, position=position, strategy_state=state)
 
     model.train()
@@ -317,12 +333,19 @@ def train_task(
             if config.early_stopping_patience and best.waited >= config.early_stopping_patience:
                 notes.append(f"stopped early after step {step + 1}: no better validation loss than {best.loss:.4f}")
                 break
+    if len(history) > first and (keep_last or sum(info.seconds for info in history) > WORTH_KEEPING):
+        save()
     if config.early_stopping_patience and best.weights:
         best.put_back(model)
     if config.gradient_checkpointing:
         pretrained(model).activation_checkpointing_disable()
     model.eval()
     return TrainResult(model, tuple(history), tuple(notes), len(history))
+
+
+def part_of(state: State, prefix: str) -> State:
+    """The entries under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def take_step(

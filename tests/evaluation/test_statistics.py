@@ -230,7 +230,7 @@ def answer(suite: str, i: str, score: float) -> Answer:
 
 def test_item_scores_are_lined_up_by_id():
     stages = [
-        [answer("a", "x", 0.0), answer("a", "y", 0.1), answer("b", "z", 3.0)],
+        [answer("a", "gone", 0.7), answer("a", "x", 0.0), answer("a", "y", 0.1), answer("b", "z", 3.0)],
         [answer("a", "y", 0.3), answer("a", "x", 0.2), answer("a", "new", 0.9)],
         [answer("a", "x", 0.4), answer("a", "y", 0.5), answer("b", "z", 4.0)],
     ]
@@ -300,3 +300,12 @@ def test_undefined_figures_are_absent():
     assert "forward_transfer" not in matrix_intervals([np.ones((3, 5)), missing])
     left_out = matrix_intervals([np.ones((3, 5)), np.full((3, 4), math.nan)])
     assert left_out["average_accuracy"].num == 5
+    assert 0 < left_out["average_accuracy"].low < 1
+
+
+def test_tasks_are_resampled_apart():
+    """Two tasks of the same scores: their mean is surer than one of them by the square root of 2."""
+    scores = np.random.default_rng(0).random((3, 100))
+    one = interval(scores[2], num_resamples=5000)
+    both = matrix_intervals([scores, scores], num_resamples=5000)["average_accuracy"]
+    assert (one.high - one.low) / (both.high - both.low) == pytest.approx(math.sqrt(2), rel=0.05)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from retain.strategies.replay import Replay, left_out, text_bytes
+from retain.strategies.replay import Replay, left_out, number_of, text_bytes
 from retain.types import Example, Message
 
 Task = Callable[..., Any]
@@ -86,6 +86,15 @@ def test_bytes_are_bounded_and_do_not_favour_late_rows(text_task: Task) -> None:
         assert (
             filled([replace(together, examples=[row]) for row in order], capacity_bytes=1000).memory == strategy.memory
         )
+
+
+def test_no_small_row_slips_in_behind_a_large_one_that_had_to_leave(text_task: Task) -> None:
+    """Else short rows would be likelier to stay, and late ones."""
+    ids = sorted("abc", key=lambda id: number_of(0, id))
+    first, large, small = (Example(id, text="x" * size) for id, size in zip(ids, (10, 100, 1), strict=True))
+    task = text_task("a", [])
+    assert filled([replace(task, examples=[first, large, small])], capacity_bytes=50).memory == [first]
+    assert filled([replace(task, examples=[row]) for row in (first, large, small)], capacity_bytes=50).memory == [first]
 
 
 def test_all_text_of_a_row_counts() -> None:

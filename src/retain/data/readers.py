@@ -246,14 +246,16 @@ def _missing(path: Path) -> DataError:
     """The error for a file that is not there, with the names that are near."""
     folder = path.parent
     if not folder.is_dir():
-        return DataError(f"{path} does not exist", problems=[f"nor does the folder {folder}"])
+        return DataError(
+            f"{path} does not exist", problems=[f"nor does the folder {folder}"], hint="give the path of a file"
+        )
     names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
     near = get_close_matches(path.name, names, n=1, cutoff=0.5)
     readable = [name for name in names if Path(name).suffix in READERS]
     return DataError(
         f"{path} does not exist",
         problems=[f"data files in {folder}: {', '.join(readable[:10]) or 'none'}"],
-        hint=f"did you mean {near[0]}?" if near else "",
+        hint=f"did you mean {near[0]}?" if near else "give the path of a file",
     )
 
 

@@ -1,0 +1,85 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from retain.parameters import cast_frozen, evaluating, freeze, local, num_bytes, trainable
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+
+
+def test_trainable_is_what_requires_a_gradient() -> None:
+    model = small()
+    model[0].bias.requires_grad_(False)
+    found = trainable(model)
+    assert list(found) == ["0.weight", "2.weight", "2.bias"]
+    assert found["0.weight"] is model[0].weight
+
+
+def test_tied_parameters_count_once(build_llama: Callable[..., Any]) -> None:
+    tied, untied = trainable(build_llama(tied=True)), trainable(build_llama(tied=False))
+    assert "model.embed_tokens.weight" in tied
+    assert "lm_head.weight" not in tied
+    assert "lm_head.weight" in untied
+
+
+def test_freeze_lets_nothing_move() -> None:
+    model = small()
+    assert freeze(model) is model
+    assert trainable(model) == {}
+
+
+def test_only_what_is_frozen_becomes_smaller() -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    model.register_parameter("steps", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    moving = model[2].weight
+    assert cast_frozen(model, torch.bfloat16) is model
+    assert model[0].weight.dtype == torch.bfloat16
+    assert moving.dtype == torch.float32
+    assert model.steps.dtype == torch.int64
+    assert model[2].running_mean.dtype == torch.float32
+
+
+def test_a_plain_tensor_is_local() -> None:
+    tensor = torch.ones(2)
+    assert local(tensor) is tensor
+
+
+def test_num_bytes() -> None:
+    assert num_bytes([torch.zeros(3, 4), torch.zeros(5, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)]) == (
+        48 + 10 + 16
+    )
+    assert num_bytes([]) == 0
+
+
+def test_evaluating_restores_modes_and_random_state() -> None:
+    model = small().train()
+    model[1].eval()  # a module of its own mind stays so
+    state = torch.get_rng_state()
+    with evaluating(model) as same:
+        assert same is model
+        assert not any(module.training for module in model.modules())
+        torch.rand(7)
+        model(torch.rand(5, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert model[2].num_batches_tracked == 0
+
+
+def test_evaluating_restores_after_an_error() -> None:
+    model = small().train()
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        torch.rand(3)
+        raise KeyError
+
+    with pytest.raises(KeyError), evaluating(model):
+        fail()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
