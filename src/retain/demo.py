@@ -40,6 +40,7 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
         folder: where data, recipes and lineages go.
         observers: called after every optimizer step.
     """
+    folder = folder.resolve()  # a recipe's relative paths start from the recipe
     tasks = write_demo_tasks(folder / "data")
     lineages: list[Lineage] = []
     for name, strategy in RUNS.items():

@@ -9,6 +9,7 @@ from torch import nn
 from retain.errors import LineageError
 from retain.inference import load_stage
 from retain.lineage import Lineage
+from retain.models.family import pretrained
 
 __all__ = ["export_stage"]
 
@@ -43,12 +44,13 @@ def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge:
         difference = float((after - before).abs().max() / before.abs().max())
         if difference > TOLERANCE:
             raise LineageError(
-                f"the merged model answers otherwise: its logits differ by {difference:.2g}, at most {TOLERANCE:g} is allowed",
+                "the merged model answers otherwise than the adapter does",
+                problems=[f"its logits differ by {difference:.2g}, at most {TOLERANCE:g} is allowed"],
                 hint="export the adapter as it is, without --merge",
             )
     to.mkdir(parents=True, exist_ok=True)
     if merge or (stage if stage is not None else lineage.head) == 0:
-        model.save_pretrained(to)
+        pretrained(model).save_pretrained(to)
     else:
         config.method.save(model, to)
     tokenizer = target.renderer.tokenizer

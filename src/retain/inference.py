@@ -12,7 +12,7 @@ from retain.data.rendering import Renderer
 from retain.data.tasks import TaskConfig, load_task
 from retain.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from retain.lineage import Lineage
-from retain.models.family import Family, Tokenizer
+from retain.models.family import Family, Tokenizer, pretrained
 from retain.models.source import Source, open_source
 from retain.storage.state import load_state
 from retain.types import Message
@@ -40,7 +40,7 @@ def load_base(source: Source, template: str = "auto", *, seed: int = 0) -> tuple
     """A base model and its renderer; the model stops at the renderer's stop tokens."""
     model, tokenizer = source.load((), seed=seed)
     renderer = Renderer(tokenizer, template)
-    model.generation_config.eos_token_id = list(renderer.stop_ids)
+    pretrained(model).generation_config.eos_token_id = list(renderer.stop_ids)
     return model, renderer
 
 

@@ -30,7 +30,6 @@ from retain.models.family import pretrained
 from retain.models.source import Source, open_source
 from retain.self_text import write_self_text
 from retain.storage.files import disk_errors
-from retain.storage.files import disk_errors
 from retain.storage.stage import write_record
 from retain.storage.state import load_state, save_state
 from retain.trainer import Observer, train_task
@@ -100,14 +99,15 @@ def extend(
         loaded = load_config(path / "config.yaml", overrides, check_files=False)
         config, sources = loaded.config, {k: "lineage" if v == "recipe" else v for k, v in loaded.sources.items()}
         learned = {stage.name for stage in lineage.log()}
-        if taken := sorted(learned & {task.name for task in new}):
+        named = {task.name for task in new}
+        if taken := sorted(learned & named):
             raise LineageError(
                 f"task {taken[0]!r} is a stage of {path} already",
                 problems=[f"the line is {', '.join(stage.name for stage in lineage.log())}"],
                 hint="give the new task a name of its own (`--name`), or roll back to before that stage",
             )
         unfinished = not new or lineage.partial()  # what a rollback left behind is not taken up again
-        kept = [task for task in config.tasks if task.name in learned or unfinished]
+        kept = [task for task in config.tasks if task.name in learned or (unfinished and task.name not in named)]
         config = replace(config, tasks=(*kept, *new), output_dir=path)
         source = base_source(lineage, config)
         check_compatibility(config, source.family)

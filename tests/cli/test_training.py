@@ -82,7 +82,9 @@ def test_a_recipe_that_does_not_exist(retain: Retain, tmp_path: Path) -> None:
 def test_typing_errors_are_told_all_at_once(retain: Retain, write_recipe: Recipe, tmp_path: Path) -> None:
     recipe = write_recipe(strategy={"name": "ewc", "strenght": 1.0}, method={"name": "lora", "r": "eight"})
     retain("train", recipe).refused(
-        "recipe.yaml has 2 problems", "Did you mean `strength`?", '$.method.r: expected a whole number above 0, got "eight"'
+        "recipe.yaml has 2 problems",
+        "Did you mean `strength`?",
+        '$.method.r: expected a whole number above 0, got "eight"',
     )
     assert not (tmp_path / "out").exists()
 
@@ -162,6 +164,24 @@ def test_an_interrupt_can_be_gone_on_from(
     assert retain("train", recipe).code == 0
     one, two = (load_stage(Lineage.open(tmp_path / name))[0].model.state_dict() for name in ("out", "whole"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_an_interrupted_continue_goes_on_when_it_is_called_again(
+    retain: Retain, lineage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["continue", lineage, "train.max_steps=3", "--data", data(tmp_path, "third", pairs(30))]
+
+    def interrupted(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1e-3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "learning_rate", interrupted)
+        retain(*command).refused("interrupted", code=130)
+    assert retain(*command).code == 0
+    assert [stage.name for stage in Lineage.open(lineage).log()] == ["base", "colour", "animal", "third"]
+    assert len(Lineage.open(lineage).load_stage(3).history) == 3
+    assert retain("continue", lineage).code == 0, "its recipe can still be read"
 
 
 def test_over_the_budget(retain: Retain, write_recipe: Recipe) -> None:

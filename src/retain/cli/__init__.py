@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Nothing here decides anything."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import typer
