@@ -28,7 +28,7 @@ TEMPLATE = (
 
 RUNS: dict[str, list[dict[str, object]]] = {
     "sequential": [{"name": "sequential"}],
-    "protected": [{"name": "replay", "ratio": 0.2, "capacity": 400}],
+    "protected": [{"name": "replay", "ratio": 0.3, "capacity": 400}],
 }
 """The strategy of each run."""
 
@@ -55,11 +55,11 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
                     "tasks": [{**task, "max_new_tokens": 20} for task in tasks],
                     "train": {
                         "learning_rate": 1e-4,
-                        "max_steps": 30,
+                        "max_steps": 33,
                         "per_device_train_batch_size": 8,
                         "max_length": 96,
                     },
-                    "evaluation": {"max_probes": 88, "max_texts": 12},
+                    "evaluation": {"max_probes": 88, "max_texts": 8},
                     "output_dir": name,
                 }
             ),

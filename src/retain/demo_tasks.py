@@ -111,7 +111,7 @@ DEMO_TASKS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
 
 
 def write_demo_tasks(
-    folder: Path, *, num_train: int = 400, num_test: int = 60, seed: int = 0
+    folder: Path, *, num_train: int = 400, num_test: int = 40, seed: int = 0
 ) -> list[dict[str, object]]:
     """Write `NAME.train.jsonl` and `NAME.test.jsonl` for each task; the recipe's task entries are returned."""
     folder.mkdir(parents=True, exist_ok=True)
