@@ -28,7 +28,7 @@ TEMPLATE = (
 
 RUNS: dict[str, list[dict[str, object]]] = {
     "sequential": [{"name": "sequential"}],
-    "protected": [{"name": "replay", "ratio": 0.3, "capacity": 400}],
+    "protected": [{"name": "replay", "ratio": 0.25, "capacity": 400}],
 }
 """The strategy of each run."""
 
@@ -55,7 +55,7 @@ def run_demo(folder: Path, *, observers: Sequence[Observer] = ()) -> list[Lineag
                     "tasks": [{**task, "max_new_tokens": 20} for task in tasks],
                     "train": {
                         "learning_rate": 1e-4,
-                        "max_steps": 33,
+                        "max_steps": 36,
                         "per_device_train_batch_size": 8,
                         "max_length": 96,
                     },
