@@ -162,10 +162,14 @@ def test_the_model_is_left_as_it_was(llama, renderer: Renderer):
 
 
 def test_dropout_is_off(build_llama, renderer: Renderer):
-    model = build_llama(attention_dropout=0.5).train()
-    config = EvaluationConfig(probes=False, kl=False)
-    trained = run(model, renderer, [task("desk")], config=config)
-    assert trained.answers == run(model.eval(), renderer, [task("desk")], config=config).answers
+    base = run(build_llama(), renderer).distribution
+    model = build_llama(attention_dropout=0.5, seed=1).train()
+    trained = run(model, renderer, [task("desk")], base=base)
+    assert trained.answers == run(model.eval(), renderer, [task("desk")], base=base).answers
+    chosen = run(
+        model, renderer, [task("desk")], base=base, select=lambda _: build_llama(attention_dropout=0.5, seed=1).train()
+    )
+    assert chosen.answers == trained.answers
 
 
 def test_each_task_is_answered_by_the_model_that_is_selected_for_it(llama, renderer: Renderer):

@@ -28,6 +28,7 @@ def test_exact_match():
         ("The answer is 5.", "5", 1),
         ("The answer is 15.", "5", 0),
         ("The answer is 51.", "5", 0),
+        ("15", "5", 0),
         ("15 or 5", "5", 1),
         ("It is HÀ NỘI!", "Hà Nội", 1),
         (decomposed("tại Hà Nội nhé"), "Hà Nội", 1),
@@ -136,3 +137,4 @@ def test_json_equality(answer: str, reference: str, expected: float):
 def test_json_flaw():
     assert g.json_flaw('{"a": 1}') is None
     assert "not JSON" in (g.json_flaw("{a: 1}") or "")
+    assert "not JSON" in (g.json_flaw("[NaN]") or "")

