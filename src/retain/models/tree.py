@@ -30,7 +30,8 @@ def reads_trees(model: nn.Module, pairs: Pairs, members: Sequence[int], *, pad_i
     """
     settings = pretrained(model).config.get_text_config()
     window = settings.to_dict().get("sliding_window")
-    if settings._attn_implementation != "sdpa" or (window and max(len(a) + len(b) for a, b in pairs) >= window):
+    kind = settings._attn_implementation  # pyright: ignore[reportPrivateUsage]  it has no public name
+    if kind != "sdpa" or (window and max(len(a) + len(b) for a, b in pairs) >= window):
         return False
     small = [(pairs[i][0][-16:], pairs[i][1][:8]) for i in members[:2]]
     tree = tree_likelihoods(model, small, [[0, 1]], pad_id=pad_id)
