@@ -1,6 +1,7 @@
 """What must be true of every strategy, and of every pair in a chain, under full tuning and under LoRA: DESIGN 5."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError
-from retain.methods import METHODS
+from retain.methods.full import Full
+from retain.methods.lora import LoRA
 from retain.models.decoder import DecoderFamily
+from retain.models.recurrent import RecurrentFamily
 from retain.parameters import trainable
 from retain.strategies import STRATEGIES, Strategy
 from retain.strategies.chain import Chain
@@ -42,16 +45,21 @@ COMBINED = sorted(set(ACTING) - {"joint"})
 PAIRS = [f"{one}+{other}" for one in COMBINED for other in COMBINED]
 QUICK = {("full", "ewc+replay"), ("lora", "replay+ewc")}
 
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"r": 2, "alpha": 4, "dropout": 0.1}}
+WORLDS = {
+    "full": (DecoderFamily(), Full()),
+    "lora": (DecoderFamily(), LoRA(r=2, alpha=4, dropout=0.1)),
+    "recurrent": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), Full()),
+}
+"""What is tuned, and how."""
 
 
 def cases(names: Sequence[str]) -> list[Any]:
-    """Every method with every strategy and pair; the commonest pairs quick, the others slow."""
+    """Every world with every strategy and pair; the commonest pairs quick, the others slow."""
     return [
-        pytest.param((method, name), id=f"{method}-{name}", marks=pytest.mark.slow if slow else ())
-        for method in METHOD_OPTIONS
+        pytest.param((world, name), id=f"{world}-{name}", marks=pytest.mark.slow if slow else ())
+        for world in WORLDS
         for name in names
-        for slow in ["+" in name and (method, name) not in QUICK]
+        for slow in ["+" in name and (world, name) not in QUICK]
     ]
 
 
@@ -76,33 +84,29 @@ SECOND = rows("second", ["yes", "no no no"])
 
 
 class World:
-    """A tiny model under a method, and the tasks that it learns."""
+    """A tiny model of a family under a method, and the tasks that it learns."""
 
-    def __init__(self, method: str, build_llama: Callable[..., nn.Module], tokenizer: Any) -> None:
-        self.method, self.build_llama, self.tokenizer = (
-            METHODS[method](**METHOD_OPTIONS[method]),
-            build_llama,
-            tokenizer,
-        )
+    def __init__(self, name: str, build_llama: Callable[..., nn.Module], tokenizer: Any) -> None:
+        self.family, self.method = WORLDS[name]
+        self.build, self.tokenizer = build_llama, tokenizer
+        if isinstance(self.family, RecurrentFamily):
+            network, self.tokenizer = self.family.create([*BASE, *FIRST, *SECOND], seed=0)
+            self.build = lambda: deepcopy(network)
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        model = self.method.apply(self.build_llama().double())
+        model = self.method.apply(self.build().double())
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # away from 0, where A has no gradient
                 nn.init.normal_(parameter, std=0.02)
         return model.double()
 
-    def view(self, name: str, examples: Sequence[Example], **options: Any) -> BoundTask:
-        settings: dict[str, Any] = {
-            "max_length": 64,
-            "max_tokens": 10_000,
-            "packed": True,
-            "precision": "fp32",
-        } | options
+    def view(
+        self, name: str, examples: Sequence[Example], *, max_tokens: int = 10_000, packed: bool = True
+    ) -> BoundTask:
         return BoundTask(
-            name=name, examples=examples, family=DecoderFamily(), renderer=Renderer(self.tokenizer),
-            method=self.method, **settings,
+            name=name, examples=examples, family=self.family, renderer=Renderer(self.tokenizer), method=self.method,
+            max_length=64, max_tokens=max_tokens, packed=packed and self.family.isolates_documents, precision="fp32",
         )  # fmt: skip
 
     def train(
@@ -144,9 +148,8 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainable(model).values()])
 
 
-def test_the_suite_covers_every_strategy_and_method() -> None:
+def test_the_suite_covers_every_strategy() -> None:
     assert ACTING.keys() == STRATEGIES.keys()
-    assert METHOD_OPTIONS.keys() == METHODS.keys()
     with pytest.raises(CompatibilityError):
         Chain(Joint(), Sequential())
 
