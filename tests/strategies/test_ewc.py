@@ -160,7 +160,7 @@ def test_is_zero_at_the_anchor_and_grows_from_it(toy_task: Task) -> None:
 
 @pytest.mark.parametrize("mode", ["online", "separate"])
 def test_the_gradient_is_autograds(toy_task: Task, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ewc, "ELEMENTS_PER_BLOCK", 5)  # several blocks, the last one shorter
+    monkeypatch.setattr(ewc, "ELEMENTS_AT_ONCE", 5)  # several blocks, the last one shorter
     model = nn.Sequential(linear(), nn.Linear(4, 4, dtype=torch.float64))
     strategy = EWC(strength=3.0, mode=mode, decay=0.5 if mode == "online" else 1.0)
     for seed in (0, 1):

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from retain.errors import CompatibilityError
 from retain.kernels.parameter_uses import ParameterUses, Use
@@ -24,8 +25,8 @@ from retain.types import Batch
 
 __all__ = ["one_by_one", "squared_gradients", "zero_sums"]
 
-ELEMENTS_PER_BLOCK = 2**20
-"""Entries of a weight's gradient that exist at once: few enough to stay in the cache from document to document."""
+ELEMENTS_AT_ONCE = 2**20
+"""Entries of documents' gradients that exist at once: few enough to stay in the cache until they are squared."""
 
 
 def squared_gradients(
@@ -156,21 +157,41 @@ def add_squares(uses: Sequence[Use], total: Tensor) -> None:
 
 
 def add_squared_products(uses: Sequence[Use], total: Tensor) -> None:
-    """Add to `total` (rows, columns) the square of each document's gradient, a block of rows at a time."""
-    lookups = [use for use in uses if use.is_lookup]
-    products = [use for use in uses if not use.is_lookup]
-    step = max(1, ELEMENTS_PER_BLOCK // total.shape[1])
+    """Add to `total` (rows, columns) the square of each document's gradient: some rows of some documents at a time."""
+    num = len(uses[0].right)
+    step = max(1, ELEMENTS_AT_ONCE // total.shape[1])
     for start in range(0, len(total), step):
         block = total[start : start + step]
-        for document in range(len(uses[0].right)):
-            gradient: Tensor | None = None
-            for use in products:
-                left, right = use.left[document], use.right[document]  # (positions, rows), (positions, columns)
-                product = (left[:, start : start + len(block)].T @ right).to(total.dtype)
-                gradient = product if gradient is None else gradient + product
-            gradient = torch.zeros_like(block) if gradient is None else gradient
-            for use in lookups:
+        group = max(1, ELEMENTS_AT_ONCE // block.numel())
+        for first in range(0, num, group):
+            gradients = documents_gradients(uses, range(first, min(first + group, num)), block, start)
+            if len(gradients) == 1:
+                block.addcmul_(gradients[0], gradients[0])
+            else:
+                block += gradients.square_().sum(dim=0)
+
+
+def documents_gradients(uses: Sequence[Use], documents: range, block: Tensor, start: int) -> Tensor:
+    """(documents, rows, columns), the gradient of the rows from `start` that the block stands for, all uses summed."""
+    gradients: Tensor | None = None
+    for use in uses:
+        if not use.is_lookup:
+            left = stacked(use.left, documents)[:, :, start : start + len(block)]  # (documents, positions, rows)
+            product = (left.mT @ stacked(use.right, documents)).to(block.dtype)
+            gradients = product if gradients is None else gradients.add_(product)
+    if gradients is None:
+        gradients = block.new_zeros(len(documents), *block.shape)
+    for use in uses:
+        if use.is_lookup:
+            for gradient, document in zip(gradients, documents, strict=True):
                 ids, right = use.left[document].flatten(), use.right[document]  # (positions,), (positions, columns)
                 inside = (ids >= start) & (ids < start + len(block))
                 gradient.index_add_(0, ids[inside] - start, right[inside].to(gradient.dtype))
-            block.addcmul_(gradient, gradient)
+    return gradients
+
+
+def stacked(pieces: Sequence[Tensor], documents: range) -> Tensor:
+    """(documents, positions, n), the shorter documents padded with zeros, which add nothing to a product."""
+    if len(documents) == 1:
+        return pieces[documents[0]][None]
+    return pad_sequence([pieces[document] for document in documents], batch_first=True)

@@ -12,6 +12,7 @@ Differs: F is divided by its mean; see `EWC.strength`.
 """
 
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,8 +30,8 @@ __all__ = ["EWC", "diagonal_fisher"]
 TOKENS_PER_PASS = 1024
 """Tokens of a Fisher pass: its logits exist whole, so it must be smaller than a training pass."""
 
-ELEMENTS_PER_BLOCK = 2**18
-"""Weights that the penalty works on at once on a CPU: few enough for the differences to stay in the cache."""
+ELEMENTS_AT_ONCE = 2**18
+"""Weights that the penalty works on at once: few enough for their differences to stay in the cache."""
 
 
 @dataclass
@@ -79,20 +80,18 @@ class EWC(Strategy):
         """Add strength * F * (theta - anchor) to the gradients; elementwise, so each process does its own shard."""
         if not self.strength or not self.importance:
             return None
-        scale = self.strength * self.decay
         parameters = trainable(model)
-        values: list[Tensor] = []
+        pieces: list[tuple[Tensor, ...]] = []
         for fishers, anchors in zip(self.importance, self.anchors, strict=True):
             for name, fisher in fishers.items():
                 if name in parameters:
                     parameter = parameters[name]
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                    tensors = (local(tensor) for tensor in (parameter, parameter.grad, fisher, anchors[name]))
-                    values.append(add_quadratic(*tensors, scale=scale))
-        if not values:
+                    pieces.append(tuple(local(t) for t in (parameter, parameter.grad, fisher, anchors[name])))
+        if not pieces:
             return None
-        value = torch.stack(values).sum()
+        value = add_quadratic(pieces, scale=self.strength * self.decay)
         if any(local(parameter) is not parameter for parameter in parameters.values()):
             distributed.sum_tensors([value])
         return value
@@ -138,21 +137,34 @@ class EWC(Strategy):
         return model
 
 
-def add_quadratic(parameter: Tensor, gradient: Tensor, fisher: Tensor, anchor: Tensor, *, scale: float) -> Tensor:
-    """Add scale * F * (theta - anchor) to the gradient, in place, and return scale / 2 * sum F (theta - anchor)^2.
+def add_quadratic(pieces: Iterable[tuple[Tensor, ...]], *, scale: float) -> Tensor:
+    """Add scale * F * (theta - anchor) to gradients, in place; return the sum of scale / 2 * F * (theta - anchor)^2.
 
-    Rows that the parameter has grown since have no importance.
+    Args:
+        pieces: (theta, gradient, F, anchor) of each parameter. Rows that theta has more than the anchor, because the
+            parameter has grown since, have no importance.
+        scale: above 0.
     """
-    tensors = [tensor if tensor.dim() else tensor[None] for tensor in (parameter, gradient, anchor, fisher)]
-    rows = len(tensors[2])
-    step = max(1, ELEMENTS_PER_BLOCK * rows // max(anchor.numel(), 1)) if parameter.device.type == "cpu" else rows
-    value = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-    for weights, gradients, anchors, fishers in zip(*(t[:rows].split(step) for t in tensors), strict=True):
-        difference = weights - anchors
-        pull = difference * fishers
-        gradients.add_(pull, alpha=scale)
-        value += torch.dot(pull.flatten(), difference.flatten())
-    return value * (scale / 2)
+    values: list[Tensor] = []
+    for weights, gradients, fishers, anchors in blocks(pieces):
+        differences = weights - anchors
+        pulls = differences * fishers
+        gradients.add_(pulls, alpha=scale)
+        values.append(torch.dot(pulls.flatten(), differences.flatten()))
+    return torch.stack(values).sum() * (scale / 2)
+
+
+def blocks(pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The pieces, their rows cut to those of the anchor, and cut by rows into blocks of about `ELEMENTS_AT_ONCE`."""
+    for piece in pieces:
+        last = piece[-1]
+        if last.dim() and len(piece[0]) > len(last):
+            piece = tuple(tensor[: len(last)] for tensor in piece)
+        if last.numel() <= ELEMENTS_AT_ONCE:
+            yield piece
+        else:
+            rows = max(1, ELEMENTS_AT_ONCE * len(last) // last.numel())
+            yield from zip(*(tensor.split(rows) for tensor in piece), strict=True)
 
 
 def normalised(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
