@@ -1,6 +1,6 @@
 """Do the built-in probes see what public benchmarks see? A line a checkpoint, and the correlation of the changes.
 
-    python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit 150] [--probes 464]
+    python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit N] [--probes N]
 
 Every stage of the lineages is scored on the probes and on the sets (JSONL with prompt, completion and, for choices,
 `choices` and `answer`), on the same examples, and compared with the base model's scores.
