@@ -293,6 +293,23 @@ def test_items_that_all_stayed_leave_room_for_change():
     assert nats.high == 0
 
 
+def test_intervals_stay_within_what_a_figure_can_be():
+    """Nearly all right and one wrong: what the examples leave open would reach beyond 100 %."""
+    items = [np.ones((3, 12)), np.ones((3, 12))]
+    items[0][0] = items[1][0] = 0
+    items[1][1:, 0] = 0
+    found = matrix_intervals(items)
+    assert found["average_accuracy"].high == 1
+    assert found["forward_transfer"].high <= 1
+    assert matrix_intervals([3 * task for task in items])["average_accuracy"].high > 2.875  # no share: no limit known
+
+
+def test_a_difference_that_is_never_below_zero_may_still_be_noise():
+    better = np.zeros((3, 12))
+    found = matrix_intervals([better, better], differences=True)["average_accuracy"]
+    assert found.low < 0 < found.high
+
+
 def test_undefined_figures_are_absent():
     assert matrix_intervals([np.array([[0.0, 1.0], [1.0, 1.0]])]).keys() == {"average_accuracy", "learning_accuracy"}
     missing = np.ones((3, 5))

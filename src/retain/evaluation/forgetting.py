@@ -67,10 +67,12 @@ class Figure:
     Args:
         parts: from (..., T + 1, T) to what is averaged, (..., num_parts); leading axes are resamples.
         tasks: the columns that the parts belong to.
+        is_change: is it a difference of scores?
     """
 
     parts: Callable[[FloatArray], FloatArray]
     tasks: slice
+    is_change: bool
 
 
 def oriented(value: float, metric: str) -> float:
@@ -138,12 +140,12 @@ def _forgetting_parts(matrix: FloatArray) -> FloatArray:
 
 
 FIGURES = {
-    "average_accuracy": Figure(lambda matrix: matrix[..., -1, :], slice(None)),
-    "average_incremental_accuracy": Figure(_incremental_parts, slice(None)),
-    "backward_transfer": Figure(_backward_parts, slice(None, -1)),
-    "forward_transfer": Figure(_forward_parts, slice(1, None)),
-    "forgetting": Figure(_forgetting_parts, slice(None, -1)),
-    "learning_accuracy": Figure(_just_learned, slice(None)),
+    "average_accuracy": Figure(lambda matrix: matrix[..., -1, :], slice(None), is_change=False),
+    "average_incremental_accuracy": Figure(_incremental_parts, slice(None), is_change=False),
+    "backward_transfer": Figure(_backward_parts, slice(None, -1), is_change=True),
+    "forward_transfer": Figure(_forward_parts, slice(1, None), is_change=True),
+    "forgetting": Figure(_forgetting_parts, slice(None, -1), is_change=True),
+    "learning_accuracy": Figure(_just_learned, slice(None), is_change=False),
 }
 """Every figure that a matrix alone determines."""
 

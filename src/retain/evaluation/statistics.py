@@ -154,7 +154,12 @@ def item_scores(
 
 
 def matrix_intervals(
-    items: Sequence[ArrayLike], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    items: Sequence[ArrayLike],
+    *,
+    differences: bool = False,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Interval]:
     """Confidence intervals of ACC, BWT, FWT, forgetting and learning accuracy over examples.
 
@@ -164,12 +169,14 @@ def matrix_intervals(
     Args:
         items: for every task in learning order (T + 1, examples), the score of each example after each stage, row 0
             the base model, higher is better; NaN where it was not scored (`item_scores` makes them).
+        differences: are the items differences of two runs' scores, rather than scores?
         confidence, num_resamples, seed: as for `interval`.
 
     Returns:
         An interval by name of `FIGURES`, with as many examples as its tasks have; undefined figures are absent, and
         so is the average incremental accuracy, whose parts share examples. R here holds means over examples: where a
-        suite's own figure is another (BLEU, chrF, perplexity), so is the interval.
+        suite's own figure is another (BLEU, chrF, perplexity), so is the interval. Where every score lies between 0
+        and 1, an interval stays within what the figure can be.
     """
     arrays = [np.asarray(task, dtype=np.float64) for task in items]
     arrays = [task[:, :0] if np.isnan(task).all() else task for task in arrays]
@@ -180,7 +187,8 @@ def matrix_intervals(
             means[:, j] = task.mean(axis=1)
             resampled[:, :, j] = _resampled_means(task, num_resamples, seed + j)
     nums = np.array([task.shape[1] for task in arrays])
-    bounds = [bool(np.nanmin(task) >= 0 and np.nanmax(task) <= 1) if task.size else False for task in arrays]
+    lowest = -1 if differences else 0
+    bounds = [bool(np.nanmin(task) >= lowest and np.nanmax(task) <= 1) if task.size else False for task in arrays]
     unseen = np.where(bounds, [_unseen(num, confidence) if num else 0.0 for num in nums], 0.0)
 
     found: dict[str, Interval] = {}
@@ -195,7 +203,10 @@ def matrix_intervals(
         still = np.where(np.ptp(parts, axis=0) < 1e-12, unseen[figure.tasks][kept], 0.0)
         extra = float(np.sqrt((still**2).sum())) / len(num)
         below, above = math.hypot(max(value - low, 0.0), extra), math.hypot(max(high - value, 0.0), extra)
-        found[name] = Interval(value, value - below, value + above, int(num.sum()))
+        ends = value - below, value + above
+        if all(bounded for bounded, n in zip(bounds[figure.tasks], nums[figure.tasks], strict=True) if n):
+            ends = max(lowest - figure.is_change, ends[0]), min(1 + (differences and figure.is_change), ends[1])
+        found[name] = Interval(value, *ends, int(num.sum()))
     return found
 
 

@@ -308,7 +308,8 @@ def paired_differences(first: Summary, other: Summary) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     same_tasks = first.tasks == other.tasks and [t.shape for t in first.items] == [t.shape for t in other.items]
     if same_tasks and _answered(first) == _answered(other) and any(task.shape[1] for task in first.items):
-        differences = matrix_intervals([new - old for old, new in zip(first.items, other.items, strict=True)])
+        items = [new - old for old, new in zip(first.items, other.items, strict=True)]
+        differences = matrix_intervals(items, differences=True)
         for key in LINEAR:
             old, new = first.figures[key], other.figures[key]
             if key in differences and None not in (old.value, new.value) and old.unit == new.unit:
