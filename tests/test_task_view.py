@@ -13,7 +13,7 @@ from retain.data.rendering import Renderer
 from retain.errors import DataError
 from retain.methods.full import Full
 from retain.models.decoder import DecoderFamily
-from retain.task_view import BoundTask, overflow_notes, to_device
+from retain.task_view import BoundTask, overflow_notes
 from retain.types import IGNORED, Example, Message
 
 ROWS = tuple(
@@ -134,11 +134,3 @@ def test_what_became_of_rows_is_told() -> None:
     notes = overflow_notes(OverflowCounts(dropped=3, truncated=2, untrained=1))
     assert [note.split()[0] for note in notes] == ["3", "2", "1"]
     assert "stop token" in notes[1]
-
-
-def test_every_tensor_goes_to_the_device(tokenizer: Any) -> None:
-    [batch] = bound(tokenizer).batches(ROWS)
-    moved = to_device(batch, torch.device("meta"))
-    tensors = [*moved.inputs.values(), moved.targets, moved.documents, moved.weights]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.examples == batch.examples

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retain import distributed
-from retain.data.packing import Overflow, OverflowCounts, fit_length, micro_batches
+from retain.data.packing import Overflow, OverflowCounts, fit_length, micro_batches, to_device
 from retain.data.rendering import Renderer
 from retain.methods.method import Method
 from retain.models.family import Family, Outputs
@@ -17,18 +17,7 @@ from retain.parameters import evaluating
 from retain.strategies.strategy import ModelOutputs
 from retain.types import Batch, Encoded, Example
 
-__all__ = ["BoundTask", "overflow_notes", "to_device"]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    return replace(
-        batch,
-        inputs={name: value.to(device) for name, value in batch.inputs.items()},
-        targets=batch.targets.to(device),
-        documents=batch.documents.to(device),
-        weights=batch.weights.to(device),
-    )
+__all__ = ["BoundTask", "overflow_notes"]
 
 
 def overflow_notes(counts: OverflowCounts) -> list[str]:

@@ -211,8 +211,16 @@ def test_continue_adds_a_task(retain: Retain, lineage: Path, tmp_path: Path) -> 
     retain("continue", lineage, "--data", file).refused("'third' is a stage of", "--name")
 
 
+def test_continue_takes_a_sample_of_the_rows(retain: Retain, lineage: Path, tmp_path: Path) -> None:
+    file, test = data(tmp_path, "third", pairs(60)), data(tmp_path, "third.test", pairs(20))
+    options = ("--test", test, "--max-test-rows", 5, "--max-train-rows", 8)
+    told = json.loads(retain("continue", lineage, "train.max_steps=1", "--data", file, *options, "--json").out)
+    assert {stage["scores"]["third"]["num"] for stage in told["stages"] if "third" in stage["scores"]} == {5}
+
+
 def test_continue_says_what_it_cannot_do(retain: Retain, lineage: Path, tmp_path: Path) -> None:
     retain("continue", lineage, "--name", "third").refused("--data FILE")
+    retain("continue", lineage, "--max-test-rows", 5).refused("--data FILE")
     retain("continue", tmp_path).refused("is not a lineage")
     retain("continue", lineage, "--data", tmp_path / "no.jsonl").refused("no.jsonl")
     assert Lineage.open(lineage).partial() is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from retain.data.packing import OverflowCounts, fit_length, micro_batches, pack, pad, schedule, shifted
+from retain.data.packing import OverflowCounts, fit_length, micro_batches, pack, pad, schedule, shifted, to_device
 from retain.errors import DataError
 from retain.types import IGNORED, Encoded, Example, Message
 
@@ -50,6 +50,14 @@ def test_pad():
     assert batch.documents.tolist() == [[0, 0, 0], [1, -1, -1], [2, 2, -1]]
     assert batch.target_documents.tolist() == [0, 0, 2]
     assert batch.num_tokens == 6
+
+
+def test_every_tensor_goes_to_the_device():
+    batch = pad([row(3), row(2)], pad_id=9)
+    moved = to_device(batch, torch.device("meta"))
+    tensors = [*moved.inputs.values(), moved.targets, moved.documents, moved.weights]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.examples == batch.examples
 
 
 def test_a_padding_token_equal_to_the_stop_token_does_not_touch_targets():

@@ -64,6 +64,8 @@ def extend(
     name: Annotated[str | None, typer.Option(help="the new task's name; the file's where not given")] = None,
     test: Annotated[str | None, typer.Option(help="the new task's test rows; a part of --data where not given")] = None,
     metric: Annotated[str, typer.Option(help="how it is scored; `retain list` shows the metrics")] = "auto",
+    max_train_rows: Annotated[int | None, typer.Option(min=1, help="train on a sample of at most so many rows")] = None,
+    max_test_rows: Annotated[int | None, typer.Option(min=1, help="score a sample of at most so many rows")] = None,
     accept: Accept = False,
     as_json: Json = False,
 ) -> None:
@@ -73,15 +75,20 @@ def extend(
 
     show_log(quiet=as_json)
     new = ()
-    if data is None and (name or test or metric != "auto"):
+    if data is None and (name or test or metric != "auto" or max_train_rows or max_test_rows):
         raise ConfigError(
-            "--name, --test and --metric describe a new task, and there is none", hint="give its rows: --data FILE"
+            "--name, --test, --metric and --max-… describe a new task, and there is none",
+            hint="give its rows: --data FILE",
         )
     if data is not None:
         local = Path(data).expanduser()
         train_source = str(local.resolve()) if local.exists() else data
         test_source = str(Path(test).expanduser().resolve()) if test and Path(test).expanduser().exists() else test
-        new = (TaskConfig(name=name or local.stem, train=train_source, test=test_source, metric=metric),)
+        task = TaskConfig(
+            name=name or local.stem, train=train_source, test=test_source, metric=metric,
+            max_train_rows=max_train_rows, max_test_rows=max_test_rows,
+        )  # fmt: skip
+        new = (task,)
     with training_progress() as progress:
         grown = run(lineage, new, overrides=overrides or (), observers=[progress], accept=accept)
     finish(grown, as_json=as_json)

@@ -8,7 +8,7 @@ Padded: one document a row, padding on the right, `attention_mask` 0 there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, get_args
 
@@ -17,7 +17,17 @@ import torch
 from retain.errors import DataError
 from retain.types import IGNORED, Batch, Encoded, Example
 
-__all__ = ["Overflow", "OverflowCounts", "fit_length", "micro_batches", "pack", "pad", "schedule", "shifted"]
+__all__ = [
+    "Overflow",
+    "OverflowCounts",
+    "fit_length",
+    "micro_batches",
+    "pack",
+    "pad",
+    "schedule",
+    "shifted",
+    "to_device",
+]
 
 Overflow = Literal["error", "drop", "truncate", "split"]
 
@@ -227,3 +237,14 @@ def _counted_weights(rows: Sequence[Encoded]) -> torch.Tensor:
     """(num_targets,), in row-major order."""
     counted = [w for row in rows for w, target in zip(row.weights, row.targets, strict=True) if target != IGNORED]
     return torch.tensor(counted, dtype=torch.float32)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return replace(
+        batch,
+        inputs={name: value.to(device) for name, value in batch.inputs.items()},
+        targets=batch.targets.to(device),
+        documents=batch.documents.to(device),
+        weights=batch.weights.to(device),
+    )

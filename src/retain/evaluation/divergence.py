@@ -10,7 +10,7 @@ vocabulary (data processing inequality): with 64 tokens 85 % of it, for SmolLM2-
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from retain.data.packing import fit_length, micro_batches
+from retain.data.packing import fit_length, micro_batches, to_device
 from retain.data.rendering import Renderer
 from retain.errors import ModelError
 from retain.models.family import Family, Outputs
@@ -172,14 +172,7 @@ def _batches(
     encoded = [family.encode(text, renderer) for text in texts]
     rows, _ = fit_length(encoded, max_length=max_length, on_overflow="truncate")
     for group in micro_batches(sorted(rows, key=lambda row: row.num_tokens), max_tokens=max_tokens, packed=False):
-        batch = family.collate(group, renderer.tokenizer, packed=False)
-        yield replace(
-            batch,
-            inputs={name: value.to(device) for name, value in batch.inputs.items()},
-            targets=batch.targets.to(device),
-            documents=batch.documents.to(device),
-            weights=batch.weights.to(device),
-        )
+        yield to_device(family.collate(group, renderer.tokenizer, packed=False), device)
 
 
 def _coarsened(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
