@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(["data", "kernels", "storage", "demo_tasks"], 2),
     "models": 3,
     **dict.fromkeys(["methods", "strategies"], 4),
-    **dict.fromkeys(["evaluation", "checkpoint", "task_view"], 5),
+    **dict.fromkeys(["evaluation", "checkpoint", "task_view", "train_config"], 5),
     **dict.fromkeys(["trainer", "lineage", "self_text", "budget", "provenance"], 6),
     "report": 7,
     "config": 8,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from retain.parameters import cast_frozen, evaluating, freeze, local, num_bytes, trainable
+from retain.parameters import cast_frozen, evaluating, freeze, local, num_bytes, swapped, trainable
 
 
 def small() -> nn.Sequential:
@@ -83,3 +83,30 @@ def test_evaluating_restores_after_an_error() -> None:
         fail()
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_swapped_shows_the_earlier_model_and_puts_the_later_one_back() -> None:
+    model = small().eval()
+    x = torch.rand(5, 3)
+    earlier = {"0.weight": model[0].weight.detach().clone()}
+    before = model(x)
+    with torch.no_grad():
+        model[0].weight += 1
+    after = model(x)  # its graph is alive while the other weights are in
+    with swapped(model, earlier) as same:
+        inside = model(x)
+        assert same is model
+        assert torch.equal(inside, before)
+        assert not inside.requires_grad
+    assert torch.equal(model(x), after)
+    after.sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_swapped_fills_the_first_rows_of_a_weight_that_has_grown() -> None:
+    model = nn.Linear(2, 3, bias=False)
+    kept = model.weight.detach().clone()
+    with swapped(model, {"weight": torch.zeros(2, 2)}):
+        assert torch.equal(model.weight[:2], torch.zeros(2, 2))
+        assert torch.equal(model.weight[2], kept[2])
+    assert torch.equal(model.weight, kept)

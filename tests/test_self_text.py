@@ -11,7 +11,7 @@ from retain.methods.full import Full
 from retain.models.decoder import DecoderFamily
 from retain.self_text import OPENINGS, REQUESTS, draw, write_self_text
 from retain.task_view import BoundTask
-from retain.types import Example
+from retain.types import Example, Sampling
 
 
 @dataclass
@@ -22,7 +22,10 @@ class Scripted:
     seed: int = 0
     asked: list[Example] = field(default_factory=list)
 
-    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int, sampling: Sampling
+    ) -> list[str]:
+        assert sampling.seed == self.seed
         self.asked = list(prompts)
         return [self.says[at % len(self.says)] for at in range(len(prompts))]
 

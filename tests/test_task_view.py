@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from retain import distributed
 from retain.data.packing import OverflowCounts
 from retain.data.rendering import Renderer
-from retain.errors import DataError
+from retain.errors import CompatibilityError, DataError
 from retain.methods.full import Full
 from retain.models.decoder import DecoderFamily
 from retain.task_view import BoundTask, overflow_notes
-from retain.types import IGNORED, Example, Message
+from retain.types import IGNORED, Example, Message, Sampling
 
 ROWS = tuple(
     Example(id=str(i), messages=(Message("user", "name " * (i + 1)), Message("assistant", "red"))) for i in range(6)
@@ -115,18 +115,18 @@ def test_the_precision_is_the_runs(tokenizer: Any, llama: nn.Module) -> None:
 
 
 def test_generate_answers_prompts_and_continues_texts(tokenizer: Any, llama: nn.Module) -> None:
-    view = bound(tokenizer, seed=3)
+    view, sampling = bound(tokenizer), Sampling(temperature=1.0, top_p=0.95, seed=3)
     text = Example(id="t", text="The lazy")
     llama.train()
     state = torch.get_rng_state()
-    made = view.generate(llama, [ROWS[0], text], max_new_tokens=6)
+    made = view.generate(llama, [ROWS[0], text], max_new_tokens=6, sampling=sampling)
     assert torch.equal(torch.get_rng_state(), state)
     assert llama.training
     llama.eval()
     ids = [view.renderer.prompt_ids(ROWS[0].prompt), view.renderer.text_ids("The lazy")]
-    expected = view.family.generate(llama, tokenizer, ids, max_new_tokens=6, temperature=1.0, top_p=0.95, seed=3)
+    expected = view.family.generate(llama, tokenizer, ids, max_new_tokens=6, sampling=sampling)
     assert made == expected
-    assert replace(view, seed=4).generate(llama, [ROWS[0], text], max_new_tokens=6) != made
+    assert view.generate(llama, [ROWS[0], text], max_new_tokens=6, sampling=replace(sampling, seed=4)) != made
 
 
 def test_what_became_of_rows_is_told() -> None:
@@ -134,3 +134,39 @@ def test_what_became_of_rows_is_told() -> None:
     notes = overflow_notes(OverflowCounts(dropped=3, truncated=2, untrained=1))
     assert [note.split()[0] for note in notes] == ["3", "2", "1"]
     assert "stop token" in notes[1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_likelihoods_are_the_loss_of_each_row(tokenizer: Any, llama: nn.Module, packed: bool) -> None:
+    view = bound(tokenizer, packed=packed)
+    rows = [ROWS[3], ROWS[0], ROWS[3]]
+    found = view.loglikelihood(llama, rows)
+    for row, value in zip(rows, found, strict=True):
+        [batch] = view.batches([row])
+        assert value == pytest.approx(-view.loss(view.forward(llama, batch), batch).item(), rel=1e-5)
+
+
+def test_an_embedding_is_the_mean_of_what_the_head_reads(tokenizer: Any, llama: nn.Module) -> None:
+    view = bound(tokenizer)
+    untrained = replace(ROWS[1], weight=0.0)
+    found = view.embed(llama, [ROWS[0], untrained, ROWS[2]])
+    for index in (0, 2):
+        [batch] = view.batches([ROWS[index]])
+        torch.testing.assert_close(found[index], view.forward(llama, batch).hidden.mean(dim=0))
+    assert not found[1].any()
+
+
+def test_a_helper_is_trained_by_the_loop_it_is_given(tokenizer: Any, llama: nn.Module) -> None:
+    seen: list[Any] = []
+
+    def learn(model: nn.Module, view: BoundTask) -> nn.Module:
+        torch.rand(3)
+        seen.append((model, view.examples))
+        return model
+
+    state = torch.get_rng_state()
+    assert bound(tokenizer, learn=learn).fit(llama, ROWS[:2]) is llama
+    assert seen == [(llama, ROWS[:2])]
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(CompatibilityError, match="no loop"):
+        bound(tokenizer).fit(llama, ROWS[:2])

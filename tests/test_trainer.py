@@ -21,7 +21,8 @@ from retain.models.decoder import DecoderFamily
 from retain.parameters import freeze, trainable
 from retain.strategies.strategy import State, Strategy, TaskView
 from retain.task_view import BoundTask
-from retain.trainer import TrainConfig, learning_rate, train_task
+from retain.train_config import TrainConfig
+from retain.trainer import learning_rate, train_helper, train_task
 from retain.types import Batch, Example, Message, StepInfo
 
 WORDS = ("red", "green", "blue", "fox", "dog", "lazy", "brown")
@@ -260,9 +261,9 @@ def test_schedules(kind: Any) -> None:
     )
 
 
-def test_bad_settings_name_the_field() -> None:
-    for field, value in (("learning_rate", 0.0), ("max_length", -1), ("warmup_ratio", 2.0), ("eval_steps", -1)):
-        with pytest.raises(ValueError, match=f"{field}: expected"):
-            TrainConfig(**{field: value})
-    with pytest.raises(ValueError, match="no effect without eval_steps"):
-        TrainConfig(early_stopping_patience=2)
+def test_a_helper_learns_without_protection_or_validation(
+    build_llama: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    config = make_config(max_steps=2, eval_steps=1, early_stopping_patience=1, save_steps=1)
+    helper = train_helper(build_llama().double(), make_view(tokenizer), config=config)
+    assert torch.equal(weights(helper), run(build_llama, make_view(tokenizer), make_config(max_steps=2)))

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from retain.strategies.joint import Joint
     from retain.strategies.replay import Replay
     from retain.strategies.sequential import Sequential
-    from retain.trainer import TrainConfig, train_task
+    from retain.train_config import TrainConfig
+    from retain.trainer import train_task
 
 __all__ = [
     "EWC",
@@ -70,7 +71,8 @@ HOMES = {
     "retain.strategies.joint": ("Joint",),
     "retain.strategies.replay": ("Replay",),
     "retain.strategies.sequential": ("Sequential",),
-    "retain.trainer": ("TrainConfig", "train_task"),
+    "retain.train_config": ("TrainConfig",),
+    "retain.trainer": ("train_task",),
 }
 
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from retain.provenance import provenance
 from retain.storage.state import load_state
 from retain.strategies.strategy import Strategy
 from retain.task_view import BoundTask
-from retain.trainer import Observer
+from retain.trainer import Observer, train_helper
 from retain.types import Example, StageRecord, Task
 
 __all__ = ["Experiment", "open_experiment", "read_distribution"]
@@ -73,6 +74,7 @@ class Experiment:
             seed=train.seed,
             on_overflow=train.on_overflow,
             overflow_threshold=train.overflow_threshold,
+            learn=partial(train_helper, config=train),
         )
 
     def evaluate(self, tasks: Sequence[Task] | None = None, *, probes: bool = True) -> Evaluation:

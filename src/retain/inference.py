@@ -15,7 +15,7 @@ from retain.lineage import Lineage
 from retain.models.family import Family, Tokenizer, pretrained
 from retain.models.source import Source, open_source
 from retain.storage.state import load_state
-from retain.types import Message
+from retain.types import Message, Sampling
 
 __all__ = ["Answering", "answer", "base_source", "load_for_answering", "load_stage", "load_tokenizer", "score"]
 
@@ -122,6 +122,6 @@ def answer(
     with distributed.autocast(distributed.resolve_precision("auto")):
         [text] = target.family.generate(
             target.model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95 if temperature else 1.0,
+            max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p=0.95),
         )  # fmt: skip
     return text.strip()

@@ -1,12 +1,12 @@
 """The waist between methods and strategies: which parameters move is said by `requires_grad` alone."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cast_frozen", "evaluating", "freeze", "local", "num_bytes", "trainable"]
+__all__ = ["cast_frozen", "evaluating", "freeze", "local", "num_bytes", "swapped", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -40,6 +40,32 @@ def local(tensor: Tensor) -> Tensor:
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that the tensors hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[nn.Module]:
+    """The model with other values of some parameters, and no gradients, while inside.
+
+    An earlier model is then the same network and a copy of what has moved since: cheap where little moves.
+
+    Args:
+        values: by parameter name; a value that has fewer rows than the parameter, because it has grown, fills the
+            first ones.
+    """
+    parameters = dict(model.named_parameters())
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for name, value in values.items():
+            parameter = parameters[name]
+            kept.append((parameter, parameter.data))
+            if value.shape != parameter.shape:
+                value = torch.cat([value.to(parameter.device), parameter.data[len(value) :]])
+            parameter.data = value.to(parameter.device)
+        with torch.no_grad():
+            yield model
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from torch import nn
 
 from retain.task_view import BoundTask
-from retain.types import Example, Message
+from retain.types import Example, Message, Sampling
 
 __all__ = ["OPENINGS", "REQUESTS", "write_self_text"]
 
@@ -109,7 +109,9 @@ def write_self_text(
     requests = draw(REQUESTS, num // 2 if chat else 0, view.seed + 1)
     rows += [Example(id="", messages=(Message("user", request), Message("assistant", ""))) for request in requests]
     made: dict[str, Example] = {}
-    for row, answer in zip(rows, view.generate(model, rows, max_new_tokens=max_new_tokens), strict=True):
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=view.seed)
+    answers = view.generate(model, rows, max_new_tokens=max_new_tokens, sampling=sampling)
+    for row, answer in zip(rows, answers, strict=True):
         if not answer.strip():
             continue
         content = row.text + answer if row.text else f"{row.prompt[0].content}\n{answer}"

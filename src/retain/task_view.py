@@ -1,6 +1,6 @@
 """A task bound to its family, tokenizer and method: how rows become batches, and what a strategy sees of a task."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from retain import distributed
 from retain.data.packing import Overflow, OverflowCounts, fit_length, micro_batches, to_device
 from retain.data.rendering import Renderer
+from retain.errors import CompatibilityError
+from retain.kernels.cross_entropy import target_nats
 from retain.methods.method import Method
 from retain.models.family import Family, Outputs
 from retain.parameters import evaluating
 from retain.strategies.strategy import ModelOutputs
-from retain.types import Batch, Encoded, Example
+from retain.types import Batch, Encoded, Example, Sampling
 
 __all__ = ["BoundTask", "overflow_notes"]
 
@@ -45,6 +47,7 @@ class BoundTask:
         packed: may documents share a row?
         precision: `bf16` or `fp32`.
         seed: the run's seed.
+        learn: trains a helper network on the rows of a view, and returns it.
     """
 
     name: str
@@ -59,6 +62,7 @@ class BoundTask:
     seed: int = 0
     on_overflow: Overflow = "error"
     overflow_threshold: float = 0.0
+    learn: "Callable[[nn.Module, BoundTask], nn.Module] | None" = None
     encoded: dict[tuple[str, float], Encoded] = field(default_factory=dict[tuple[str, float], Encoded], repr=False)
 
     @cached_property
@@ -122,14 +126,67 @@ class BoundTask:
                 count += int(batch.counted.sum())
         return distributed.sum_number(total) / max(distributed.sum_number(count), 1)
 
-    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
-        """Sampled answers to the examples' prompts, or continuations of their texts, from the run's seed."""
+    def loglikelihood(self, model: nn.Module, examples: Sequence[Example]) -> list[float]:
+        """Log p of each example's trained tokens given the others, nats; of all examples, on every process."""
+
+        def nats(outputs: Outputs, batch: Batch) -> Tensor:
+            return target_nats(outputs.hidden, batch.targets[batch.counted], outputs.head)[:, None]
+
+        return [-float(total) for total in self._sums(model, examples, nats)]
+
+    def embed(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """(examples, width), float32 on the CPU: what the head reads, averaged over each example's trained tokens."""
+
+        def states(outputs: Outputs, batch: Batch) -> Tensor:
+            return torch.cat([outputs.hidden, torch.ones_like(outputs.hidden[:, :1])], dim=1)  # and how many they are
+
+        sums = torch.stack(self._sums(model, examples, states))  # (examples, width + 1)
+        return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).float()
+
+    @torch.no_grad()
+    def _sums(
+        self, model: nn.Module, examples: Sequence[Example], values: Callable[[Outputs, Batch], Tensor]
+    ) -> list[Tensor]:
+        """For each example the sum of `values`, (num_targets, n), over its trained tokens: (n,), float64 on the CPU."""
+        found: dict[int, Tensor] = {}
+        width = 1
+        with evaluating(model):
+            for batch in self.batches(examples):
+                with distributed.autocast(self.precision):
+                    rows = values(self.family.forward(model, batch), batch).double()
+                width = rows.shape[1]
+                sums = rows.new_zeros(len(batch.examples), width).index_add_(0, batch.target_documents, rows).cpu()
+                found |= {id(example): total for example, total in zip(batch.examples, sums, strict=True)}
+        whole: dict[int, Tensor] = {}
+        mine = range(distributed.rank(), len(examples), distributed.world_size())
+        for part in distributed.gather_objects({i: found[id(examples[i])] for i in mine if id(examples[i]) in found}):
+            whole |= part
+        nothing = torch.zeros(width, dtype=torch.float64)  # no token of it is trained
+        return [whole.get(i, nothing) for i in range(len(examples))]
+
+    def fit(self, model: nn.Module, examples: Sequence[Example]) -> nn.Module:
+        """Train a helper network of the same family on other rows; the random state is left as it was.
+
+        Raises:
+            CompatibilityError: if the view was made outside a run, without a loop.
+        """
+        if self.learn is None:
+            raise CompatibilityError(
+                "this task view has no loop to train a helper network with",
+                hint="use the strategy through `retain train`, or give the view `learn`",
+            )
+        with torch.random.fork_rng():
+            return self.learn(model, replace(self, examples=examples))
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int, sampling: Sampling
+    ) -> list[str]:
+        """Answers to the examples' prompts, or continuations of their texts."""
         ids = [
             self.renderer.prompt_ids(prompt.prompt) if prompt.messages else self.renderer.text_ids(prompt.text)
             for prompt in prompts
         ]
         with evaluating(model), distributed.autocast(self.precision):
             return self.family.generate(
-                model, self.renderer.tokenizer, ids,
-                max_new_tokens=max_new_tokens, temperature=1.0, top_p=0.95, seed=self.seed,
-            )  # fmt: skip
+                model, self.renderer.tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling
+            )

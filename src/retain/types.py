@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "GREEDY",
     "IGNORED",
     "Answer",
     "Batch",
@@ -15,6 +16,7 @@ __all__ = [
     "Message",
     "Probe",
     "Record",
+    "Sampling",
     "Score",
     "StageRecord",
     "StepInfo",
@@ -160,6 +162,29 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
         return int((self.documents >= 0).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How text is drawn from a model.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among so many likeliest tokens; 0 sets no limit.
+        top_p: sample among the likeliest tokens that hold this much probability, in (0, 1].
+        repetition_penalty: divides the odds of tokens that are there already; 1 does nothing.
+        seed: all that the draws depend on.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+"""The likeliest token, always."""
 
 
 @dataclass(frozen=True, slots=True)

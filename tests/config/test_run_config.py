@@ -12,7 +12,7 @@ from retain.models import FAMILIES
 from retain.strategies.chain import Chain
 from retain.strategies.ewc import EWC
 from retain.strategies.replay import Replay
-from retain.trainer import TrainConfig
+from retain.train_config import TrainConfig
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from retain.config.spellings import SPELLINGS, VALUES, converted, renamed
 from retain.data.tasks import TaskConfig
 from retain.methods import METHODS
 from retain.strategies import STRATEGIES
-from retain.trainer import TrainConfig
+from retain.train_config import TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from retain.models.causal import generate_causal, likelihoods, within_budget
+from retain.types import Sampling
 
 
 def test_likelihood_is_the_sum_of_log_softmax(llama: torch.nn.Module) -> None:
@@ -38,7 +39,7 @@ def test_sampling_is_a_function_of_the_seed_and_leaves_the_random_state(
     llama: torch.nn.Module, tokenizer: object
 ) -> None:
     def sample(seed: int) -> list[str]:
-        return generate_causal(llama, tokenizer, [[20, 21]] * 4, max_new_tokens=8, temperature=1.0, seed=seed)
+        return generate_causal(llama, tokenizer, [[20, 21]] * 4, max_new_tokens=8, sampling=Sampling(1.0, seed=seed))
 
     state = torch.get_rng_state()
     first = sample(1)

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from retain.data.packing import shifted
 from retain.errors import CompatibilityError
 from retain.models.decoder import DecoderFamily
-from retain.types import IGNORED, Batch, Encoded, Example
+from retain.types import IGNORED, Batch, Encoded, Example, Sampling
 
 FAMILY = DecoderFamily()
 VOCABULARY = 60
@@ -172,7 +172,7 @@ def test_greedy_answers_are_argmaxes(build_llama: Callable[..., nn.Module], toke
 
 def test_samples_follow_the_seed(llama: nn.Module, tokenizer: Any) -> None:
     def sample(seed: int) -> list[str]:
-        return FAMILY.generate(llama, tokenizer, [[5, 6, 7]], max_new_tokens=8, temperature=1.0, seed=seed)
+        return FAMILY.generate(llama, tokenizer, [[5, 6, 7]], max_new_tokens=8, sampling=Sampling(1.0, seed=seed))
 
     assert sample(1) == sample(1)
     assert len({sample(seed)[0] for seed in range(5)}) > 1

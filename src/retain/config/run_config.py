@@ -17,7 +17,7 @@ from retain.models.family import Family
 from retain.strategies import STRATEGIES
 from retain.strategies.chain import Chain
 from retain.strategies.strategy import Strategy
-from retain.trainer import TrainConfig
+from retain.train_config import TrainConfig
 
 __all__ = ["Budget", "ModelConfig", "RunConfig", "check_compatibility", "dump_config", "links", "to_tree"]
 

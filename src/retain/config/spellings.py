@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from retain.trainer import TrainConfig
+from retain.train_config import TrainConfig
 
 __all__ = ["FLAT", "SPELLINGS", "VALUES", "converted", "renamed"]
 

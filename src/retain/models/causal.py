@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
 from retain.models.family import Outputs, Tokenizer, pretrained
 from retain.models.head import run_to_head
-from retain.types import Batch
+from retain.types import GREEDY, Batch, Sampling
 
 __all__ = ["causal_loss", "generate_causal", "likelihoods", "padded", "within_budget"]
 
@@ -95,34 +95,33 @@ def generate_causal(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     max_tokens: int = 8192,
 ) -> list[str]:
-    """Continue every prompt until a stop token; greedy at temperature 0, else sampled from `seed` alone.
+    """Continue every prompt until a stop token.
 
     Args:
         model: a causal language model in evaluation mode.
         prompts: token ids, at least one each.
         max_new_tokens: tokens that an answer may have.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: sample among the likeliest tokens that hold this much probability.
+        sampling: how tokens are drawn.
         max_tokens: padded tokens, new ones counted, of one pass.
     """
     device = next(model.parameters()).device
     stops = stop_ids(model, tokenizer)
     pad_id = stops[0] if stops else 0
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        do_sample=sampling.temperature > 0,
+        repetition_penalty=sampling.repetition_penalty,
         eos_token_id=stops or None,
         pad_token_id=pad_id,
-        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+        **(drawn if sampling.temperature > 0 else {}),
     )
     answers = [""] * len(prompts)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(sampling.seed)
         for group in within_budget([len(prompt) + max_new_tokens for prompt in prompts], max_tokens):
             ids, mask = padded([prompts[i] for i in group], pad_id, device, left=True)
             made = cast("Any", model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)

@@ -16,7 +16,7 @@ from retain.models.causal import causal_loss, generate_causal, likelihoods
 from retain.models.family import Outputs, Tokenizer
 from retain.models.head import check_head, run_to_head
 from retain.models.tree import reads_trees, tree_likelihoods
-from retain.types import Batch, Encoded, Example, Task
+from retain.types import GREEDY, Batch, Encoded, Example, Sampling, Task
 
 __all__ = ["DecoderFamily"]
 
@@ -83,15 +83,10 @@ class DecoderFamily:
         prompts: Sequence[list[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
         """The continuation of every prompt."""
-        return generate_causal(
-            model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        )  # fmt: skip
+        return generate_causal(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
         """A decoder learns by gradients.

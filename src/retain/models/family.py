@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retain.data.rendering import Renderer
-from retain.types import Batch, Encoded, Example, Task
+from retain.types import GREEDY, Batch, Encoded, Example, Sampling, Task
 
 __all__ = ["Family", "Outputs", "Tokenizer", "pretrained"]
 
@@ -85,11 +85,9 @@ class Family(Protocol):
         prompts: Sequence[list[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """The continuation of every prompt, greedy at temperature 0; without the stop token."""
+        """The continuation of every prompt, without the stop token."""
         ...
 
     def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:

@@ -19,7 +19,7 @@ from retain.models.head import run_to_head
 from retain.models.recurrent_likelihood import state_likelihoods
 from retain.models.recurrent_network import CELLS, RecurrentConfig, RecurrentForCausalLM
 from retain.models.vocabulary import SMALLEST_VOCABULARY, character_tokenizer, subword_tokenizer
-from retain.types import Batch, Encoded, Example, Task
+from retain.types import GREEDY, Batch, Encoded, Example, Sampling, Task
 
 __all__ = ["RecurrentFamily"]
 
@@ -157,15 +157,10 @@ class RecurrentFamily:
         prompts: Sequence[list[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
         """The continuation of every prompt; a new token costs one step."""
-        return generate_causal(
-            model, tokenizer, prompts,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        )  # fmt: skip
+        return generate_causal(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
         """A recurrent model learns by gradients.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from retain.errors import CompatibilityError
 from retain.strategies.strategy import ModelOutputs, State, Strategy, TaskMethod, TaskView
-from retain.types import Batch, Example
+from retain.types import Batch, Example, Sampling
 
 __all__ = ["Chain"]
 
@@ -59,9 +59,23 @@ class MixedTask:
         """Nats, weighted and summed over counted targets."""
         return self.task.loss(outputs, batch)
 
-    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+    def loglikelihood(self, model: nn.Module, examples: Sequence[Example]) -> list[float]:
+        """Log p of each example's trained tokens."""
+        return self.task.loglikelihood(model, examples)
+
+    def embed(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """(examples, width), what the head reads."""
+        return self.task.embed(model, examples)
+
+    def fit(self, model: nn.Module, examples: Sequence[Example]) -> nn.Module:
+        """Train a helper network."""
+        return self.task.fit(model, examples)
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int, sampling: Sampling
+    ) -> list[str]:
         """What the model answers."""
-        return self.task.generate(model, prompts, max_new_tokens=max_new_tokens)
+        return self.task.generate(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 class Chain(Strategy):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from retain.types import Batch, Example
+from retain.types import Batch, Example, Sampling
 
 __all__ = ["ModelOutputs", "State", "Strategy", "TaskMethod", "TaskView"]
 
@@ -78,8 +78,22 @@ class TaskView(Protocol):
         """Nats, weighted and summed over counted targets."""
         ...
 
-    def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
-        """What the model answers to each prompt, or how it continues each text, sampled with the run's seed."""
+    def loglikelihood(self, model: nn.Module, examples: Sequence[Example]) -> list[float]:
+        """Log p of each example's trained tokens given the others, nats; of all examples, on every process."""
+        ...
+
+    def embed(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """(examples, width), float32 on the CPU: what the head reads, averaged over each example's trained tokens."""
+        ...
+
+    def fit(self, model: nn.Module, examples: Sequence[Example]) -> nn.Module:
+        """Train a helper network of the same family on other rows, with the run's loop and settings."""
+        ...
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int, sampling: Sampling
+    ) -> list[str]:
+        """What the model answers to each prompt, or how it continues each text."""
         ...
 
 
