@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def test_a_full_stage_loads_in_transformers(write_recipe: Recipe, tmp_path: Path
     assert tokenizer.chat_template == ours.renderer.chat_template
     facts = json.loads((tmp_path / "to" / "retain.json").read_text(encoding="utf-8"))
     assert facts == {"lineage": "out", "stage": 2, "merge_difference": 0.0}
+
+
+def test_the_notice_of_the_base_goes_along(
+    write_recipe: Recipe, tmp_path: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lineage = trained(write_recipe(**quick))
+    target, config = load_stage(lineage)
+    for name, notice in (("with", "Subject to terms."), ("without", "")):
+        monkeypatch.setattr("retain.export.load_stage", lambda *_, n=notice: (replace(target, notice=n), config))
+        export_stage(lineage, tmp_path / name)
+    assert (tmp_path / "with" / "NOTICE").read_text(encoding="utf-8") == "Subject to terms.\n"
+    assert not (tmp_path / "without" / "NOTICE").exists()
 
 
 def test_an_adapter_its_merge_and_the_base(

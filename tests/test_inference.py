@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from retain.config import load_config
 from retain.errors import LineageError, ModelError
-from retain.inference import answer, base_source, load_for_answering, load_stage, load_tokenizer, score
+from retain.inference import answer, base_source, load_for_answering, load_stage, load_tokenizer, rows_to_score, score
 from retain.lineage import Lineage
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
@@ -72,12 +72,12 @@ def test_a_stage_answers_as_the_run_scored_it(write_recipe: Recipe, tmp_path: Pa
     lineage = train(load_config(write_recipe(**QUICK)).config)
     file = tmp_path / "data" / "colour.test.jsonl"
     target, _ = load_stage(lineage, 1)
-    evaluation = score(target, str(file), probes=False)
+    evaluation = score(target, [rows_to_score(str(file))], probes=False)
     known = [given for given in lineage.load_stage(1).answers if given.suite == "colour"]
     assert list(evaluation.scores) == ["colour.test"]
     assert [given.id for given in evaluation.answers] == [given.id for given in known]
     assert evaluation.scores["colour.test"].value == lineage.load_stage(1).scores["colour"].value
-    limited = score(target, str(file), probes=False, limit=2, metric="exact_match")
+    limited = score(target, [rows_to_score(str(file), limit=2, metric="exact_match")], probes=False)
     assert limited.scores["colour.test"].num == 2
     assert limited.scores["colour.test"].metric == "exact_match"
     said = [Message("user", "name 3")]
@@ -91,7 +91,7 @@ def test_without_data_only_the_probes(tiny_model: Path, monkeypatch: pytest.Monk
 
     few = balanced(load_probes(), 11, seed=0)
     monkeypatch.setattr(module, "load_probes", lambda: few)
-    scores = score(load_for_answering(str(tiny_model)), None).scores
+    scores = score(load_for_answering(str(tiny_model)), []).scores
     assert "probes" in scores
     assert "kl" not in scores
     assert all(name == "probes" or name.startswith("probe:") for name in scores)

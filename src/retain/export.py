@@ -18,7 +18,7 @@ TOLERANCE = 1e-3
 
 
 def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge: bool = False) -> float:
-    """Write a stage with its tokenizer, chat template and stop tokens.
+    """Write a stage with its tokenizer, chat template, stop tokens, and the notice that the base's licence asks for.
 
     Args:
         lineage: where it comes from.
@@ -61,6 +61,8 @@ def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge:
         "stage": lineage.head if stage is None else stage,
         "merge_difference": difference,
     }
+    if target.notice:
+        (to / "NOTICE").write_text(f"{target.notice}\n", encoding="utf-8")
     (to / "retain.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return difference
 

@@ -15,9 +15,18 @@ from retain.lineage import Lineage
 from retain.models.family import Family, Tokenizer, pretrained
 from retain.models.source import Source, open_source
 from retain.storage.state import load_state
-from retain.types import Message, Sampling
+from retain.types import Message, Sampling, Task
 
-__all__ = ["Answering", "answer", "base_source", "load_for_answering", "load_stage", "load_tokenizer", "score"]
+__all__ = [
+    "Answering",
+    "answer",
+    "base_source",
+    "load_for_answering",
+    "load_stage",
+    "load_tokenizer",
+    "rows_to_score",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class Answering:
     model: nn.Module
     family: Family
     renderer: Renderer
+    notice: str = ""
+    """What the base model's licence asks to be shown."""
 
 
 def base_source(lineage: Lineage, config: RunConfig) -> Source:
@@ -58,7 +69,7 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
     if index > 0:
         model = config.method.load(model, folder / "weights")
         model = config.strategy.restore(model, load_state(folder / "memory"))
-    return Answering(model.to(distributed.device()).eval(), source.family, renderer), config
+    return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice), config
 
 
 def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
@@ -76,7 +87,7 @@ def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
         return load_stage(Lineage.open(path), stage)[0]
     source = open_source(target)
     model, renderer = load_base(source)
-    return Answering(model.to(distributed.device()).eval(), source.family, renderer)
+    return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice)
 
 
 def load_tokenizer(target: str) -> tuple[Family, Tokenizer]:
@@ -92,22 +103,16 @@ def load_tokenizer(target: str) -> tuple[Family, Tokenizer]:
     return source.family, AutoTokenizer.from_pretrained(source.folder)
 
 
-def score(
-    target: Answering,
-    data: str | None,
-    *,
-    metric: str = "auto",
-    probes: bool = True,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Evaluation:
-    """Score a model on the rows of a file, and on the probes where asked."""
-    tasks = []
-    if data is not None:
-        entry = TaskConfig(
-            name=Path(data).stem, train=data, test=data, metric=metric, max_train_rows=1, max_test_rows=limit
-        )
-        tasks = [load_task(entry, seed=seed).task]
+def rows_to_score(data: str, *, metric: str = "auto", limit: int | None = None, seed: int = 0) -> Task:
+    """The rows of a file, or a sample of them, as a task that is only scored."""
+    entry = TaskConfig(
+        name=Path(data).stem, train=data, test=data, metric=metric, max_train_rows=1, max_test_rows=limit
+    )
+    return load_task(entry, seed=seed).task
+
+
+def score(target: Answering, tasks: Sequence[Task], *, probes: bool = True, seed: int = 0) -> Evaluation:
+    """Score a model on tasks, and on the probes where asked."""
     config = EvaluationConfig(probes=probes, kl=False)
     with distributed.autocast(distributed.resolve_precision("auto")):
         return evaluate(

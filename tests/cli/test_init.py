@@ -33,10 +33,18 @@ def test_every_command_says_what_it_does(retain: Callable[..., Any], command: st
 
 
 def test_a_command_that_does_not_exist(retain: Callable[..., Any]) -> None:
-    result = retain("trian")
-    assert result.code == 2
-    assert "trian" in result.err
-    assert result.out == ""
+    retain("trian").refused("trian", "'train'", "`retain --help`")
+
+
+def test_options_and_arguments_that_are_wrong(retain: Callable[..., Any]) -> None:
+    retain("train", "--foo").refused("--foo", "`retain train --help`")
+    retain("chat").refused("Missing argument", "`retain chat --help`")
+    retain("rollback", "x", "last").refused("integer")
+    for command in ((), ("data",)):
+        result = retain(*command)
+        assert result.code == 2
+        assert "Usage: retain" in result.out + result.err
+        assert "error" not in result.err
 
 
 def test_python_m_retain() -> None:

@@ -3,13 +3,17 @@
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from retain.cli import data, information, lineages, measuring, training
 from retain.cli.console import reporting_errors
+from retain.errors import ConfigError
 
 __all__ = ["main"]
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what typer raises for a wrong verb, option or argument
 
 app = typer.Typer(
     name="retain",
@@ -39,7 +43,20 @@ def processes() -> Generator[None]:
         distributed.stop()
 
 
+@contextmanager
+def telling_usage() -> Generator[None]:
+    """Turn a wrong verb, option or argument into our error."""
+    try:
+        yield
+    except UsageError as error:
+        shown: Any = error  # of typer's own copy of click, which has no public name
+        if not (message := shown.format_message()):  # nothing was typed, and the help is printed
+            raise SystemExit(2) from None
+        command = shown.ctx.command_path if shown.ctx else "retain"
+        raise ConfigError(message, hint=f"`{command} --help` shows what is allowed") from None
+
+
 def main() -> None:
     """The `retain` command."""
-    with reporting_errors(), processes():
-        app(prog_name="retain")
+    with reporting_errors(), processes(), telling_usage():
+        raise SystemExit(app(prog_name="retain", standalone_mode=False))

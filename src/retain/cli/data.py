@@ -32,10 +32,13 @@ def check(
 ) -> None:
     """Count rows, lengths, duplicates, overlap and masked rows, and show three rows coloured by what is trained."""
     from retain.data.checking import check_data, preview
+    from retain.data.readers import read_rows
     from retain.data.rendering import Renderer
     from retain.inference import load_tokenizer
 
     show_log(quiet=as_json)
+    for source in filter(None, (file, test)):
+        read_rows(source)  # what is wrong with a file is told before a model is fetched
     family, tokenizer = load_tokenizer(model)
     text = Path(template).read_text(encoding="utf-8") if Path(template).is_file() else template
     renderer = Renderer(tokenizer, text)

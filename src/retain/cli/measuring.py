@@ -33,13 +33,13 @@ def evaluate(
     """Score a lineage's stage, or any model, on a file and on the probes."""
     from dataclasses import asdict
 
-    from retain.inference import load_for_answering
+    from retain.inference import load_for_answering, rows_to_score
     from retain.inference import score as score_model
     from retain.storage.documents import write_lines
 
     show_log(quiet=as_json)
-    model = load_for_answering(target, stage=stage)
-    evaluation = score_model(model, data, metric=metric, probes=probes, limit=limit)
+    tasks = [] if data is None else [rows_to_score(data, metric=metric, limit=limit)]
+    evaluation = score_model(load_for_answering(target, stage=stage), tasks, probes=probes)
     if answers is not None:
         write_lines(answers, [asdict(answer) for answer in evaluation.answers])
     if as_json:

@@ -29,6 +29,7 @@ class Source:
         folder: where its weights are; None where it starts from nothing, on the first data that it is given.
         revision: the hub's commit or the conversion's checksum.
         notes: what a reader of its scores must know.
+        notice: what its licence asks to be shown beside it and what is tuned from it.
         trust_remote_code: may its own Python code be run?
     """
 
@@ -37,6 +38,7 @@ class Source:
     folder: Path | None
     revision: str = ""
     notes: tuple[str, ...] = ()
+    notice: str = ""
     trust_remote_code: bool = False
 
     @property
@@ -92,4 +94,6 @@ def open_source(
             problems=[f"families: {', '.join(FAMILIES)}"],
             hint="name the family in the recipe if you know better: `model: {name: ..., family: decoder}`",
         )
-    return Source(family or found(), name, resolved.folder, resolved.revision, resolved.notes, trust_remote_code)
+    return Source(
+        family or found(), name, resolved.folder, resolved.revision, resolved.notes, resolved.notice, trust_remote_code
+    )
