@@ -22,14 +22,15 @@ LAYERS = {
     "models": 3,
     **dict.fromkeys(["methods", "strategies"], 4),
     **dict.fromkeys(["evaluation", "checkpoint", "task_view", "train_config"], 5),
-    **dict.fromkeys(["trainer", "lineage", "self_text", "budget", "provenance"], 6),
+    **dict.fromkeys(["trainer", "lineage", "budget", "provenance"], 6),
     "report": 7,
     "config": 8,
-    **dict.fromkeys(["experiment", "inference"], 9),
-    **dict.fromkeys(["run", "export"], 10),
-    "demo": 11,
-    "cli": 12,
-    **dict.fromkeys(["__init__", "__main__"], 13),
+    "memory": 9,
+    **dict.fromkeys(["experiment", "inference"], 10),
+    **dict.fromkeys(["run", "export"], 11),
+    "demo": 12,
+    "cli": 13,
+    **dict.fromkeys(["__init__", "__main__"], 14),
 }
 SIBLINGS = {"data", "kernels", "storage", "models", "evaluation", "report", "config", "cli"}
 PROTOCOLS = {"methods": "methods.method", "strategies": "strategies.strategy"}

@@ -17,11 +17,11 @@ from retain.data.rendering import Renderer
 from retain.evaluation.divergence import Distribution
 from retain.evaluation.evaluate import Evaluation, evaluate
 from retain.lineage import Lineage
+from retain.memory import take_memory
 from retain.models.family import pretrained
 from retain.models.source import Source
 from retain.parameters import cast_frozen
 from retain.provenance import provenance
-from retain.storage.state import load_state
 from retain.strategies.strategy import Strategy
 from retain.task_view import BoundTask
 from retain.trainer import Observer, train_helper
@@ -47,6 +47,7 @@ class Experiment:
     sources: Mapping[str, str] = field(default_factory=dict[str, str])  # where each setting came from
     distribution: Distribution | None = None  # what the base model expects on general texts
     earlier: list[StageRecord] = field(default_factory=list[StageRecord])  # see `score_earlier`
+    unprepared: list[Strategy] = field(default_factory=list[Strategy])  # new on this lineage, so without any memory
 
     @property
     def precision(self) -> str:
@@ -77,12 +78,20 @@ class Experiment:
             learn=partial(train_helper, config=train),
         )
 
-    def evaluate(self, tasks: Sequence[Task] | None = None, *, probes: bool = True) -> Evaluation:
-        """Score the model as it stands: the tasks, and the probes and the KL to the base model where asked."""
+    def evaluate(
+        self, tasks: Sequence[Task] | None = None, *, probes: bool = True, learned: Sequence[str] = ()
+    ) -> Evaluation:
+        """Score the model as it stands: the tasks, and the probes and the KL to the base model where asked.
+
+        Args:
+            tasks: all of the experiment's where None.
+            probes: ask them, and measure the KL.
+            learned: tasks that are scored once more with their names inferred, where the strategy needs names.
+        """
         config = self.config.evaluation
         with distributed.autocast(self.precision):
             return evaluate(
-                self.model,
+                self.strategy.select(self.model, "base"),
                 self.tasks if tasks is None else tasks,
                 family=self.source.family,
                 renderer=self.renderer,
@@ -90,6 +99,8 @@ class Experiment:
                 base=self.distribution,
                 seed=self.config.train.seed,
                 select=lambda name: self.strategy.select(self.model, name),
+                infer=lambda rows: self.strategy.infer_tasks(self.model, self.view("", ()), rows),
+                unnamed=learned if self.strategy.needs_task_name else (),
             )
 
     def describe(self, started: float, *, rows: Sequence[Example], **more: Any) -> dict[str, Any]:
@@ -132,6 +143,7 @@ def open_experiment(
         observers=observers,
         sources=sources or {},
     )
+    experiment.strategy.bind(config.method, learned=[stage.name for stage in lineage.log()[1:]])
     if lineage.head >= 0:
         take_head(experiment)
     else:
@@ -162,7 +174,7 @@ def take_head(experiment: Experiment) -> None:
         experiment.model = method.apply(experiment.model)
     else:
         experiment.model = method.load(experiment.model, head / "weights").to(distributed.device())
-    experiment.model = experiment.strategy.restore(experiment.model, load_state(head / "memory"))
+    experiment.model, experiment.unprepared = take_memory(experiment.strategy, experiment.model, head)
     if new and lineage.head > 0:
         experiment.model.eval()
         experiment.earlier.append(score_earlier(experiment, lineage.head, new))

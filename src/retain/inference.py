@@ -1,7 +1,7 @@
 """A model that only answers: a stage of a lineage, or any model by name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -12,10 +12,12 @@ from retain.data.rendering import Renderer
 from retain.data.tasks import TaskConfig, load_task
 from retain.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from retain.lineage import Lineage
+from retain.memory import take_memory
 from retain.models.family import Family, Tokenizer, pretrained
 from retain.models.source import Source, open_source
-from retain.storage.state import load_state
-from retain.types import Message, Sampling, Task
+from retain.strategies.strategy import Strategy
+from retain.task_view import BoundTask
+from retain.types import Example, Message, Sampling, Task
 
 __all__ = [
     "Answering",
@@ -38,6 +40,18 @@ class Answering:
     renderer: Renderer
     notice: str = ""
     """What the base model's licence asks to be shown."""
+    strategy: Strategy = field(default_factory=Strategy)
+    """By which the model answers for a task."""
+    view: BoundTask | None = None
+    """What the strategy reads a prompt by, where nobody names its task."""
+
+    def for_task(self, name: str) -> nn.Module:
+        """The model that answers for a task."""
+        return self.strategy.select(self.model, name)
+
+    def infer_tasks(self, rows: Sequence[Example]) -> list[str]:
+        """The learned task that each row's prompt seems to be of; no names where the strategy needs none."""
+        return [""] * len(rows) if self.view is None else self.strategy.infer_tasks(self.model, self.view, rows)
 
 
 def base_source(lineage: Lineage, config: RunConfig) -> Source:
@@ -66,10 +80,22 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
     folder = lineage.verified_folder(index)
     source = base_source(lineage, config)
     model, renderer = load_base(source, config.model.template, seed=config.train.seed)
-    if index > 0:
-        model = config.method.load(model, folder / "weights")
-        model = config.strategy.restore(model, load_state(folder / "memory"))
-    return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice), config
+    if index == 0:
+        return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice), config
+    line = [info.name for info in lineage.log(index)[1:]]
+    config.strategy.bind(config.method, learned=line)
+    model = config.method.load(model, folder / "weights")
+    model, _ = take_memory(config.strategy, model, folder)
+    model = model.to(distributed.device()).eval()
+    train = config.train
+    view = BoundTask(
+        name="", examples=(), family=source.family, renderer=renderer, method=config.method, packed=False,
+        max_length=train.max_length, max_tokens=train.max_tokens_per_batch, seed=train.seed,
+        precision=distributed.resolve_precision("auto"),
+    )  # fmt: skip
+    if config.strategy.needs_task_name:
+        return Answering(model, source.family, renderer, source.notice, config.strategy, view), config
+    return Answering(model, source.family, renderer, source.notice), config
 
 
 def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
@@ -116,17 +142,21 @@ def score(target: Answering, tasks: Sequence[Task], *, probes: bool = True, seed
     config = EvaluationConfig(probes=probes, kl=False)
     with distributed.autocast(distributed.resolve_precision("auto")):
         return evaluate(
-            target.model, tasks, family=target.family, renderer=target.renderer, config=config, seed=seed
+            target.for_task("base"), tasks, family=target.family, renderer=target.renderer, config=config, seed=seed,
+            select=target.for_task, infer=target.infer_tasks,
+            unnamed=[task.name for task in tasks] if target.view is not None else (),
         )  # fmt: skip
 
 
 def answer(
     target: Answering, messages: Sequence[Message], *, temperature: float = 0.0, max_new_tokens: int = 256
 ) -> str:
-    """The model's next turn in a conversation."""
+    """The model's next turn in a conversation; where each task has a column, by that of the likeliest task."""
     with distributed.autocast(distributed.resolve_precision("auto")):
+        asked = Example(id="", messages=(*messages, Message("assistant", "")))
+        model = target.for_task(target.infer_tasks([asked])[0])
         [text] = target.family.generate(
-            target.model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
+            model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p=0.95),
         )  # fmt: skip
     return text.strip()

@@ -167,9 +167,9 @@ class Lineage:
         """The number of the stage in progress, or of the next one."""
         return self._ledger.next
 
-    def log(self) -> list[StageInfo]:
-        """The line, from stage 0 to the head. What `stages` has besides is off the line."""
-        return list(self._ledger.line(self.head))
+    def log(self, index: int | None = None) -> list[StageInfo]:
+        """The line: the stages from the base to the head, or to another stage, in order."""
+        return list(self._ledger.line(self.head if index is None else index))
 
     def stage_folder(self, index: int) -> Path:
         """Where a committed stage lies.
@@ -208,7 +208,11 @@ class Lineage:
         """
         line = {stage.index: self.load_stage(stage.index) for stage in self.log()}
         for index in tuple(line):
-            for folder in sorted((self.stage_folder(index) / EARLIER).glob("*")):
+            stage = self.stage_folder(index)
+            late_files = [path for path in (stage / EARLIER).rglob("*") if path.is_file()]
+            if late_files:
+                self.verified_folder(index, only=[path.relative_to(stage).as_posix() for path in late_files])
+            for folder in sorted((stage / EARLIER).glob("*")):
                 late = read_record(folder)  # what an earlier stage scores on a task that was new then
                 known = line[late.index]
                 scores, answers = {**known.scores, **late.scores}, (*known.answers, *late.answers)

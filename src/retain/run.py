@@ -21,6 +21,7 @@ from pathlib import Path
 from retain import distributed
 from retain.budget import enforce_budget
 from retain.config import RunConfig, check_compatibility, dump_config, load_config
+from retain.data.self_text import write_self_text
 from retain.data.tasks import TaskConfig, load_task
 from retain.errors import ConfigError, LineageError
 from retain.experiment import Experiment, open_experiment, read_distribution
@@ -28,7 +29,6 @@ from retain.inference import base_source
 from retain.lineage import EARLIER, BaseModel, Lineage
 from retain.models.family import pretrained
 from retain.models.source import Source, open_source
-from retain.self_text import write_self_text
 from retain.storage.files import disk_errors
 from retain.storage.stage import write_record
 from retain.storage.state import load_state, save_state
@@ -115,9 +115,22 @@ def extend(
         if distributed.is_main():
             lineage.save_config(dump_config(config))
         experiment = open_experiment(config, lineage, source, tasks, observers, sources)
+        if len(tasks) > len(learned) - 1:
+            prepare_late(experiment)
         for task in tasks[len(experiment.lineage.log()) - 1 :]:
             learn(experiment, task, accept=accept)
     return lineage
+
+
+def prepare_late(experiment: Experiment) -> None:
+    """Let strategies that are new on the lineage consolidate on what the model can do now."""
+    new = [strategy for strategy in experiment.unprepared if strategy.remembers]
+    if not new:
+        return
+    rows = protected_rows(experiment)
+    for strategy in new if rows else ():
+        log.info("%s is new here: it consolidates on %d rows of the model as it is", strategy.name, len(rows))
+        strategy.after_task(experiment.model, experiment.view("base", rows))
 
 
 def load_tasks(config: RunConfig, lineage: Lineage | None = None) -> list[Task]:
@@ -242,7 +255,9 @@ def protected_rows(experiment: Experiment) -> tuple[Example, ...]:
         log.info("the base model writes %d rows that stand for its abilities", config.protect_rows)
         view = experiment.view("base", ())
         chat = experiment.renderer.tokenizer.chat_template is not None
-        return write_self_text(experiment.model, view, num=config.protect_rows, chat=chat)
+        return write_self_text(
+            experiment.model, view, num=config.protect_rows, seed=config.train.seed, chat=chat
+        )
     entry = TaskConfig(name="base", train=config.protect_base, max_train_rows=config.protect_rows, test_fraction=0.0)
     return tuple(replace(row, source="generated") for row in load_task(entry, seed=config.train.seed).task.train)
 
@@ -269,7 +284,7 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
     experiment.model = result.model
     experiment.strategy.after_task(experiment.model, view)
     log.info("scoring after %s", task.name)
-    evaluation = experiment.evaluate()
+    evaluation = experiment.evaluate(learned=[*experiment.learned, task.name])
     index = lineage.next_index
     record = StageRecord(
         index, task.name, evaluation.scores, tuple(evaluation.answers), result.history,
