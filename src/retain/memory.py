@@ -56,7 +56,7 @@ def is_chained(state: Mapping[str, Any]) -> bool:
 def by_strategy(state: Mapping[str, Any], made_by: Sequence[str]) -> dict[str, State]:
     """The state of each link of the strategy that a stage was learned with."""
     if not is_chained(state):
-        return {made_by[0]: dict(state)} if len(made_by) == 1 else dict.fromkeys(made_by, {})
+        return {name: dict(state) for name in made_by}  # of one strategy; of several that keep nothing
     kept: dict[str, State] = {}
     for place, name in enumerate(made_by):
         own = {key: value for key, value in state.items() if key.startswith(f"{place}.")}
