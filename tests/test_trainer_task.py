@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from retain.errors import CompatibilityError, DataError
-from retain.protect import protect
+from retain.protection import protect
 from retain.storage.state import load_state
 from retain.strategies.ewc import EWC
 from retain.trainer_task import TrainerMethod, TrainerTask, example_of

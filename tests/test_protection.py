@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from retain.errors import CompatibilityError, DataError
 from retain.parameters import trainable
-from retain.protect import protect
+from retain.protection import protect
 from retain.strategies.chain import Chain
 from retain.strategies.ewc import EWC
 from retain.strategies.joint import Joint
