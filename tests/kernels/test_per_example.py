@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from retain.errors import CompatibilityError
-from retain.kernels.per_example import one_by_one, squared_gradients, zero_sums
+from retain.kernels.per_example import absolute_gradients, one_by_one, squared_gradients, zero_sums
 from retain.models.head import run_to_head
 from retain.types import IGNORED, Batch, Example
 
@@ -161,6 +161,19 @@ def test_both_engines_equal_brute_force(
     assert all(float(value.abs().max()) > 0 for name, value in wanted.items() if "k_proj.bias" not in name)
     for engine in ("hooks", "loop"):
         assert_same(squared_gradients(model, layout(DOCUMENTS), head(model), engine=engine), wanted)
+
+
+def test_absolute_gradients_are_of_single_examples(model: nn.Module) -> None:
+    """Of a batch's sum, signs would cancel."""
+    wanted = zero_sums(model)
+    for document in DOCUMENTS:
+        total = own_head(model)(packed([document])).sum()
+        gradients = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        for name, gradient in zip(wanted, gradients, strict=True):
+            wanted[name] += 0 if gradient is None else gradient.abs()
+    for engine in ("hooks", "loop"):
+        for layout in (padded, packed):
+            assert_same(absolute_gradients(model, layout(DOCUMENTS), own_head(model), engine=engine), wanted)
 
 
 @pytest.mark.parametrize("layout", [padded, packed])

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from retain import distributed
 from retain.errors import CompatibilityError
-from retain.strategies import ewc
-from retain.strategies.ewc import EWC, diagonal_fisher, normalised
+from retain.kernels import quadratic
+from retain.kernels.importance import diagonal_fisher
+from retain.kernels.low_rank import LowRank
+from retain.kernels.quadratic import normalised
+from retain.strategies.ewc import EWC
 
 Task = Callable[..., Any]
 
@@ -160,7 +163,7 @@ def test_is_zero_at_the_anchor_and_grows_from_it(toy_task: Task) -> None:
 
 @pytest.mark.parametrize("mode", ["online", "separate"])
 def test_the_gradient_is_autograds(toy_task: Task, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ewc, "ELEMENTS_AT_ONCE", 5)  # several blocks, the last one shorter
+    monkeypatch.setattr(quadratic, "ELEMENTS_AT_ONCE", 5)  # several blocks, the last one shorter
     model = nn.Sequential(linear(), nn.Linear(4, 4, dtype=torch.float64))
     strategy = EWC(strength=3.0, mode=mode, decay=0.5 if mode == "online" else 1.0)
     for seed in (0, 1):
@@ -269,10 +272,6 @@ def test_a_strength_means_the_same_beside_weights_that_are_never_used(toy_task: 
     assert float(other.importance[0]["unused"].abs().sum()) == 0
 
 
-def test_a_task_without_importance_is_not_divided_by_zero() -> None:
-    assert normalised({"weight": torch.zeros(3)})["weight"].tolist() == [0.0] * 3
-
-
 def test_strength_zero_does_nothing(toy_task: Task) -> None:
     model, strategy = linear(), EWC(strength=0.0)
     strategy.after_task(model, toy_task())
@@ -287,6 +286,178 @@ def test_a_penalty_needs_something_that_moves(toy_task: Task) -> None:
     model, strategy = linear(), EWC()
     strategy.after_task(model, toy_task())
     assert strategy.add_penalty(model.requires_grad_(False)) is None
+
+
+# The proximal form
+
+
+def descend(strategy: EWC, k: Tensor, b: Tensor, *, lr: float, steps: int) -> Tensor:
+    """Gradient descent on sum k (t - b)^2 / 2 under the strategy, from the anchor."""
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(strategy.anchors[0]["weight"].clone()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (0.5 * k * (model.weight - b) ** 2).sum().backward()
+        strategy.add_penalty(model)
+        optimizer.step()
+        strategy.after_step(model, lr)
+    return model.weight.detach()
+
+
+def test_the_proximal_form_has_the_same_minimum_and_holds_where_the_gradient_form_diverges() -> None:
+    a, b, k = torch.tensor([0.0, 1.0]).double(), torch.tensor([2.0, -1.0]).double(), torch.tensor([1.0, 3.0]).double()
+    f = torch.tensor([0.5, 1.0]).double()
+    for strength, stiff in ((0.5, False), (100.0, True)):
+        wanted = (k * b + strength * f * a) / (k + strength * f)
+        for update in ("gradient", "proximal"):
+            strategy = consolidated({"weight": f}, {"weight": a}, strength=strength, update=update)
+            got = descend(strategy, k, b, lr=0.1, steps=400)  # 0.1 * 100 * 0.5 > 2
+            if update == "gradient" and stiff:
+                assert not float(got.abs().max()) < 1e6
+            else:
+                torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_the_proximal_form_is_its_formula(toy_task: Task, mode: Any) -> None:
+    model, strategy = linear(), EWC(strength=50.0, mode=mode, update="proximal")
+    for seed in (0, 1):
+        strategy.after_task(model, toy_task(f"task {seed}", data_seed=seed))
+        with torch.no_grad():
+            model.weight += 0.3
+    start = model.weight.detach().clone()
+    value, gradients = penalty_of(strategy, model)
+    assert float(value) > 0
+    assert gradients == {"weight": None, "bias": None}
+    strategy.after_step(model, 0.1)
+    top = start + 5 * sum(f["weight"].double() * a["weight"] for f, a in strategy._pulls())
+    torch.testing.assert_close(
+        model.weight.detach(), top / (1 + 5 * sum(f["weight"].double() for f in strategy.importance))
+    )
+
+
+def test_only_the_proximal_form_moves_weights(toy_task: Task) -> None:
+    assert [EWC(update=update).moves_weights for update in ("gradient", "proximal")] == [False, True]
+    for options in ({"update": "gradient"}, {"update": "proximal", "strength": 0.0}):
+        model, strategy = linear(), EWC(**options)
+        strategy.after_task(model, toy_task())
+        with torch.no_grad():
+            model.weight += 1.0
+        weight = model.weight.detach().clone()
+        strategy.after_step(model, 0.1)
+        assert torch.equal(model.weight, weight)
+
+
+# The space of weights
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a trained low-rank change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = linear().requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+        self.B = nn.Parameter(torch.zeros(4, 2, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * x @ self.A.T @ self.B.T + self.bias
+
+    def merged(self) -> nn.Linear:
+        whole = linear()
+        with torch.no_grad():
+            whole.weight += 0.5 * self.B @ self.A
+            whole.bias += self.bias
+        return whole
+
+
+class ToyLoRA:
+    def low_rank(self, model: nn.Module) -> list[LowRank]:
+        return [LowRank("base.weight", "B", "A", scale=0.5)]
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_in_the_space_of_weights_it_is_ewc_on_the_whole_weight(toy_task: Task, mode: Any) -> None:
+    """The same network with a full weight has the same Fisher, the same penalty and the same pull."""
+    torch.manual_seed(0)
+    model = Adapted()
+    strategy, plain = (EWC(strength=3.0, mode=mode, space=space) for space in ("weights", "parameters"))
+    for seed in (0, 1):
+        task = toy_task(f"task {seed}", data_seed=seed, method=ToyLoRA())
+        strategy.after_task(model, task)
+        plain.after_task(model.merged(), task)
+        with torch.no_grad():
+            for parameter in (model.A, model.B, model.bias):
+                parameter += torch.randn_like(parameter)
+    for got, wanted in zip(strategy.importance, plain.importance, strict=True):
+        assert got.keys() == {"base.weight", "bias"}
+        assert torch.equal(got["base.weight"], wanted["weight"])
+        assert torch.equal(got["bias"], wanted["bias"])
+    assert not model.base.weight.requires_grad
+    whole = model.merged()
+    torch.testing.assert_close(strategy.add_penalty(model), plain.add_penalty(whole))
+    torch.testing.assert_close(model.B.grad, 0.5 * whole.weight.grad @ model.A.detach().T)
+    torch.testing.assert_close(model.A.grad, 0.5 * model.B.detach().T @ whole.weight.grad)
+    torch.testing.assert_close(model.bias.grad, whole.bias.grad)
+    assert model.base.weight.grad is None
+
+
+def test_in_the_space_of_parameters_a_base_model_leaves_a_free(toy_task: Task) -> None:
+    """B is 0, so A has no gradient; in the space of weights both are pulled as soon as they move."""
+    pulled: dict[str, bool] = {}
+    for space in ("parameters", "weights"):
+        torch.manual_seed(0)
+        model, strategy = Adapted(), EWC(space=space)
+        strategy.after_task(model, toy_task(method=ToyLoRA()))
+        with torch.no_grad():
+            model.A += 1.0
+            model.B += 1.0
+        strategy.add_penalty(model)
+        pulled[space] = float(model.A.grad.abs().max()) > 0
+        assert float(model.B.grad.abs().max()) > 0
+    assert pulled == {"parameters": False, "weights": True}
+
+
+def test_the_changes_come_back_with_the_state(toy_task: Task) -> None:
+    torch.manual_seed(0)
+    model, strategy = Adapted(), EWC(space="weights")
+    strategy.after_task(model, toy_task(method=ToyLoRA()))
+    with torch.no_grad():
+        model.B += 1.0
+    other = EWC(space="weights")
+    other.restore(model, strategy.state_dict())
+    assert torch.equal(other.add_penalty(model), strategy.add_penalty(model))
+    again = EWC(space="weights")
+    again.restore(model, {**strategy.state_dict(), "changes": []})
+    assert again.add_penalty(model) is None or float(again.add_penalty(model)) < float(other.add_penalty(model))
+    again.before_task(model, toy_task(method=ToyLoRA()))  # as when a method has added a pair since
+    assert torch.equal(again.add_penalty(model), strategy.add_penalty(model))
+
+
+@pytest.mark.parametrize("spaces", [("weights", "parameters"), ("parameters", "weights")])
+def test_the_space_may_change_between_tasks(toy_task: Task, spaces: Any) -> None:
+    """What was measured in the other space goes on to pull."""
+    torch.manual_seed(0)
+    model = Adapted()
+    nn.init.normal_(model.B)
+    state: dict[str, Any] = {}
+    for space in spaces:
+        strategy = EWC(space=space)
+        if state:
+            strategy.restore(model, state)
+        strategy.after_task(model, toy_task(space, method=ToyLoRA()))
+        state = strategy.state_dict()
+    assert strategy.importance[0].keys() == {"base.weight", "A", "B", "bias"}
+    with torch.no_grad():
+        model.A += 1.0
+    strategy.add_penalty(model)
+    pull, model.A.grad = model.A.grad, None
+    strategy.changes = []
+    strategy.add_penalty(model)
+    assert not torch.equal(model.A.grad, pull)
+    assert float(model.A.grad.abs().max()) > 0
 
 
 # Several tasks
@@ -404,7 +575,7 @@ def test_the_state_comes_back(toy_task: Task, mode: Any) -> None:
 
 @pytest.mark.parametrize(
     "options", [{"strength": -1.0}, {"strength": float("nan")}, {"num_samples": 0}, {"decay": 0.0}, {"decay": 1.1},
-                {"mode": "separate", "decay": 0.9}]
+                {"mode": "separate", "decay": 0.9}, {"space": "weights", "update": "proximal"}]
 )  # fmt: skip
 def test_refuses_settings_that_mean_nothing(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{list(options)[-1]}: "):
@@ -438,23 +609,11 @@ def accuracy(model: nn.Module, task: Any) -> float:
     return float((task.forward(model, batch).logits().argmax(-1) == batch.targets[batch.counted]).double().mean())
 
 
-def learnable(toy_task: Task, name: str, seed: int) -> Any:
-    """Labels that a linear rule gives, a different one for each task, on features of its own."""
-    task = toy_task(name, num=200, width=12, classes=4, data_seed=seed)
-    torch.manual_seed(seed)
-    rule, used = torch.randn(12, 4).double(), torch.zeros(12).double()
-    used[torch.randperm(12)[:6]] = 1.0
-    for example in task.examples:
-        task.inputs[example.id] *= used
-        task.targets[example.id] = (task.inputs[example.id] @ rule).argmax(-1)
-    return task
-
-
-def test_forgets_less_than_sequential_training(toy_task: Task) -> None:
+def test_forgets_less_than_sequential_training(learnable_task: Task) -> None:
     kept: dict[bool, list[float]] = {True: [], False: []}
     learned: list[float] = []
     for seed in range(5):
-        first, second = learnable(toy_task, "first", seed), learnable(toy_task, "second", seed + 100)
+        first, second = learnable_task("first", seed), learnable_task("second", seed + 100)
         for protected in (True, False):
             torch.manual_seed(seed)
             model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4)).double()

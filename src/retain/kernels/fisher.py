@@ -19,7 +19,7 @@ from retain.errors import CompatibilityError
 from retain.kernels.per_example import squared_gradients
 from retain.types import Batch
 
-__all__ = ["Kind", "add_fisher"]
+__all__ = ["Kind", "add_fisher", "at_least_float"]
 
 Kind = Literal["sampled", "exact", "empirical"]
 

@@ -1,6 +1,6 @@
-"""Squared per-example gradients, summed over the examples of a batch.
+"""Squares, or absolute values, of per-example gradients, summed over the examples of a batch.
 
-    total[name] += (d nll(example) / d parameter) ** 2      for every example of the batch
+    total[name] += (d value(example) / d parameter) ** 2      for every example of the batch
 
 The square is of one example's gradient (the sum over its tokens), never of a batch's mean, which would be noise divided
 by the batch's size. Two engines give the same answer:
@@ -23,10 +23,15 @@ from retain.kernels.parameter_uses import ParameterUses, Use
 from retain.parameters import local, trainable
 from retain.types import Batch
 
-__all__ = ["one_by_one", "squared_gradients", "zero_sums"]
+__all__ = ["absolute_gradients", "one_by_one", "squared_gradients", "zero_sums"]
 
 ELEMENTS_AT_ONCE = 2**20
 """Entries of documents' gradients that exist at once: few enough to stay in the cache until they are squared."""
+
+Engine = Literal["auto", "hooks", "loop"]
+
+Add = Callable[[Tensor, Tensor], None]
+"""Adds documents' gradients, (documents, ...), to a total, (...). It may write over those of several documents."""
 
 
 def squared_gradients(
@@ -34,7 +39,7 @@ def squared_gradients(
     batch: Batch,
     nll: Callable[[Batch], Tensor],
     *,
-    engine: Literal["auto", "hooks", "loop"] = "auto",
+    engine: Engine = "auto",
     into: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The sum over a batch's examples of each trained parameter's squared gradient.
@@ -61,6 +66,50 @@ def squared_gradients(
         CompatibilityError: if the engine is `hooks` and a parameter is used in a way that they do not know, or if
             parameters are sharded over processes.
     """
+    return _summed(model, batch, nll, engine, into, add_squares)
+
+
+def absolute_gradients(
+    model: nn.Module,
+    batch: Batch,
+    value: Callable[[Batch], Tensor],
+    *,
+    engine: Engine = "auto",
+    into: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The sum over a batch's examples of each trained parameter's absolute gradient: `squared_gradients` with |g|.
+
+    Args:
+        model: in evaluation mode.
+        batch: padded or packed.
+        value: from a batch to (num_targets,) or its sum, by one forward pass of `model`.
+        engine: as there.
+        into: as there.
+    """
+    return _summed(model, batch, value, engine, into, add_magnitudes)
+
+
+def add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add the sum of their squares."""
+    if len(gradients) == 1:
+        total.addcmul_(gradients[0], gradients[0])
+    else:
+        total += gradients.square_().sum(dim=0)
+
+
+def add_magnitudes(total: Tensor, gradients: Tensor) -> None:
+    """Add the sum of their absolute values."""
+    total += gradients[0].abs() if len(gradients) == 1 else gradients.abs_().sum(dim=0)
+
+
+def _summed(
+    model: nn.Module,
+    batch: Batch,
+    value: Callable[[Batch], Tensor],
+    engine: Engine,
+    into: dict[str, Tensor] | None,
+    add: Add,
+) -> dict[str, Tensor]:
     parameters = trainable(model)
     if any(local(parameter) is not parameter for parameter in parameters.values()):
         raise CompatibilityError(
@@ -70,7 +119,7 @@ def squared_gradients(
     totals = into if into is not None else zero_sums(model)
     with torch.enable_grad():
         if engine != "loop":
-            missed = add_hooked(parameters, batch, nll, totals)
+            missed = add_hooked(parameters, batch, value, totals, add)
             if missed and engine == "hooks":
                 raise CompatibilityError(
                     "hooks do not see every use of these parameters",
@@ -78,7 +127,7 @@ def squared_gradients(
                 )  # fmt: skip
             if not missed:
                 return totals
-        add_looped(parameters, batch, nll, totals)
+        add_looped(parameters, batch, value, totals, add)
     return totals
 
 
@@ -111,26 +160,34 @@ def one_by_one(batch: Batch) -> Iterator[Batch]:
 
 
 def add_looped(
-    parameters: Mapping[str, nn.Parameter], batch: Batch, nll: Callable[[Batch], Tensor], totals: dict[str, Tensor]
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    value: Callable[[Batch], Tensor],
+    totals: dict[str, Tensor],
+    add: Add,
 ) -> None:
-    """Add the squares, one example after another."""
+    """Add the gradients, one example after another."""
     for example in one_by_one(batch):
-        total = nll(example).sum()
+        total = value(example).sum()
         if not total.requires_grad:
             continue
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison] (its stub forgets `allow_unused`)
-                totals[name].addcmul_(gradient, gradient)
+                add(totals[name], gradient[None])
 
 
 def add_hooked(
-    parameters: Mapping[str, nn.Parameter], batch: Batch, nll: Callable[[Batch], Tensor], totals: dict[str, Tensor]
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    value: Callable[[Batch], Tensor],
+    totals: dict[str, Tensor],
+    add: Add,
 ) -> set[str]:
-    """Add the squares from one pass; if uses of some parameters were missed, add nothing and return their names."""
-    uses = ParameterUses(parameters, batch, lambda complete: add_squares(complete, totals[complete[0].source.name]))
+    """Add the gradients from one pass; if uses of some parameters were missed, add nothing and return their names."""
+    uses = ParameterUses(parameters, batch, lambda complete: add_uses(complete, totals[complete[0].source.name], add))
     with uses:
-        total = nll(batch).sum()
+        total = value(batch).sum()
     missed = uses.missed(total)
     if not missed and total.requires_grad:
         total.backward()
@@ -138,37 +195,33 @@ def add_hooked(
     return missed
 
 
-def add_squares(uses: Sequence[Use], total: Tensor) -> None:
-    """Add the squares of each document's gradient of one parameter, all its uses summed."""
+def add_uses(uses: Sequence[Use], total: Tensor, add: Add) -> None:
+    """Add each document's gradient of one parameter, all its uses summed."""
     if total.dim() <= 1:
         for document in range(len(uses[0].right)):
             with torch.enable_grad():  # a source goes back through what was made from the parameter
                 parts = [use.source.back(use.right[document].to(total.dtype).sum(dim=0)) for use in uses]
-            total += torch.stack(parts).sum(dim=0).to(total.dtype).square().reshape(total.shape)
+            add(total, torch.stack(parts).sum(dim=0).to(total.dtype).reshape(1, *total.shape))
     elif all(use.is_lookup for use in uses):
         rows = torch.cat([ids for use in uses for ids in use.left]).unique()  # no other row has a gradient
         for use in uses:
             use.left = [torch.searchsorted(rows, ids) for ids in use.left]
         compact = total[rows]
-        add_squared_products(uses, compact)
+        add_products(uses, compact, add)
         total[rows] = compact
     else:
-        add_squared_products(uses, total)
+        add_products(uses, total, add)
 
 
-def add_squared_products(uses: Sequence[Use], total: Tensor) -> None:
-    """Add to `total` (rows, columns) the square of each document's gradient: some rows of some documents at a time."""
+def add_products(uses: Sequence[Use], total: Tensor, add: Add) -> None:
+    """Add to `total` (rows, columns) each document's gradient: some rows of some documents at a time."""
     num = len(uses[0].right)
     step = max(1, ELEMENTS_AT_ONCE // total.shape[1])
     for start in range(0, len(total), step):
         block = total[start : start + step]
         group = max(1, ELEMENTS_AT_ONCE // block.numel())
         for first in range(0, num, group):
-            gradients = documents_gradients(uses, range(first, min(first + group, num)), block, start)
-            if len(gradients) == 1:
-                block.addcmul_(gradients[0], gradients[0])
-            else:
-                block += gradients.square_().sum(dim=0)
+            add(block, documents_gradients(uses, range(first, min(first + group, num)), block, start))
 
 
 def documents_gradients(uses: Sequence[Use], documents: range, block: Tensor, start: int) -> Tensor:
