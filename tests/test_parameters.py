@@ -5,7 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from retain.parameters import cast_frozen, evaluating, freeze, local, num_bytes, swapped, trainable
+from retain.parameters import (
+    cast_frozen,
+    copied,
+    evaluating,
+    freeze,
+    known_rows,
+    local,
+    num_bytes,
+    put_back,
+    swapped,
+    trainable,
+)
 
 
 def small() -> nn.Sequential:
@@ -110,3 +121,41 @@ def test_swapped_fills_the_first_rows_of_a_weight_that_has_grown() -> None:
         assert torch.equal(model.weight[:2], torch.zeros(2, 2))
         assert torch.equal(model.weight[2], kept[2])
     assert torch.equal(model.weight, kept)
+
+
+def test_what_was_copied_can_be_put_back() -> None:
+    model = small()
+    model[0].bias.requires_grad_(False)
+    kept = copied(model)
+    assert list(kept) == list(trainable(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert all(torch.equal(kept[name], before[name]) for name in kept)  # copies, not the weights themselves
+    put_back(model, kept)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(model[0].bias, before["0.bias"] + 1)
+
+
+def test_rows_that_were_grown_stay() -> None:
+    model = small()
+    kept = {"0.weight": torch.full((2, 3), 7.0)}
+    last = model[0].weight[2:].clone()
+    assert known_rows(model[0].weight, kept["0.weight"]).shape == (2, 3)
+    put_back(model, kept)
+    assert torch.equal(model[0].weight[:2], kept["0.weight"])
+    assert torch.equal(model[0].weight[2:], last)
+
+
+def test_an_earlier_models_bf16_copies_do_not_outlive_it() -> None:
+    """Autocast remembers a weight's bf16 copy by the weight, and one made without gradients has none."""
+    model = nn.Linear(2, 2, bias=False)
+    x = torch.eye(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        now = model(x)
+        with swapped(model, {"weight": torch.zeros(2, 2)}):
+            assert torch.equal(model(x), torch.zeros(2, 2, dtype=torch.bfloat16))
+        again = model(x)
+    assert torch.equal(now, again)
+    assert again.requires_grad

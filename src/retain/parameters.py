@@ -6,7 +6,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cast_frozen", "evaluating", "freeze", "local", "num_bytes", "swapped", "trainable"]
+__all__ = [
+    "cast_frozen",
+    "copied",
+    "evaluating",
+    "freeze",
+    "known_rows",
+    "local",
+    "num_bytes",
+    "put_back",
+    "swapped",
+    "trainable",
+]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -42,6 +53,23 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what moves, by name."""
+    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+
+
+def known_rows(parameter: Tensor, earlier: Tensor) -> Tensor:
+    """The part of a parameter that an earlier copy of it has values for: it may have more rows by now."""
+    return parameter.detach() if parameter.shape == earlier.shape else parameter.detach()[: len(earlier)]
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the model an earlier copy's values; rows that a parameter has grown since stay."""
+    for name, value in values.items():
+        known_rows(model.get_parameter(name), value).copy_(value)
+
+
 @contextmanager
 def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[nn.Module]:
     """The model with other values of some parameters, and no gradients, while inside.
@@ -54,6 +82,7 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[nn.Modu
     """
     parameters = dict(model.named_parameters())
     kept: list[tuple[nn.Parameter, Tensor]] = []
+    torch.clear_autocast_cache()  # it knows a weight's bf16 copy by the weight, not by its values
     try:
         for name, value in values.items():
             parameter = parameters[name]
@@ -66,6 +95,7 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[nn.Modu
     finally:
         for parameter, data in kept:
             parameter.data = data
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The reservoir against chi-square, and the mixture against its ratio."""
+"""The mixture against its ratio, and what comes of a memory in it."""
 
 import random
 from collections import Counter
@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from retain.strategies.replay import Replay, left_out, number_of, text_bytes
-from retain.types import Example, Message
+from retain.data.memory import Reservoir
+from retain.strategies.replay import Replay
+from retain.types import Example
 
 Task = Callable[..., Any]
 MODEL = nn.Identity()
@@ -29,79 +31,6 @@ def tokens(task: Any, examples: Sequence[Example]) -> int:
 
 def replayed(examples: Sequence[Example]) -> list[Example]:
     return [example for example in examples if example.source == "replay"]
-
-
-# The memory
-
-
-def test_every_row_is_as_likely_to_stay(text_task: Task) -> None:
-    """Counts over seeds have the mean and the spread of draws without replacement."""
-    num, capacity, runs = 120, 30, 400
-    counts: Counter[str] = Counter()
-    for seed in range(runs):
-        tasks = [text_task(f"task {k}", [1] * (num // 4), seed=seed) for k in range(4)]
-        counts.update(example.id for example in filled(tasks, capacity=capacity).memory)
-    expected, share = runs * capacity / num, capacity / num
-    statistic = sum((counts[f"task {k} {i}"] - expected) ** 2 for k in range(4) for i in range(num // 4))
-    chi_square = statistic / (runs * share * (1 - share)) * (num - 1) / num
-    assert abs(chi_square - (num - 1)) < 4 * (2 * (num - 1)) ** 0.5
-    first_half = sum(counts[f"task {k} {i}"] for k in range(2) for i in range(num // 4)) / counts.total()
-    assert first_half == pytest.approx(
-        0.5, abs=0.02
-    )  # counting the memory instead of the rows seen keeps only late ones
-
-
-def test_the_memory_is_full_or_holds_everything(text_task: Task) -> None:
-    assert len(filled([text_task("a", [1] * 7)], capacity=10).memory) == 7
-    assert len(filled([text_task("a", [1] * 7), text_task("b", [1] * 7)], capacity=10).memory) == 10
-
-
-def test_a_row_that_is_offered_again_counts_once(text_task: Task) -> None:
-    a, b = text_task("a", [1] * 40), text_task("b", [1] * 40)
-    once = filled([a, b], capacity=20)
-    for tasks in ([a, a, a, b, a, b], [b, a], [replace(a, examples=a.examples * 3), b]):
-        assert filled(tasks, capacity=20).memory == once.memory
-    assert len({example.id for example in once.memory}) == 20
-
-
-def test_a_known_row_stays_as_it_came(text_task: Task) -> None:
-    a = text_task("a", [1])
-    changed = replace(a, examples=[replace(a.examples[0], weight=5.0)])
-    assert filled([a, changed]).memory == list(a.examples)
-
-
-def test_the_seed_is_the_first_tasks(text_task: Task) -> None:
-    a, b = text_task("a", [1] * 40), text_task("b", [1] * 40)
-    assert filled([a, b], capacity=9).memory == filled([a, replace(b, seed=7)], capacity=9).memory
-    assert filled([a], capacity=9).memory != filled([replace(a, seed=7)], capacity=9).memory
-
-
-def test_bytes_are_bounded_and_do_not_favour_late_rows(text_task: Task) -> None:
-    """The same rows stay whether they come at once or one after another."""
-    rows = [Example(id=str(i), text="ư" * random.Random(i).randint(1, 40), task="a") for i in range(200)]
-    together = replace(text_task("a", []), examples=rows)
-    strategy = filled([together], capacity_bytes=1000)
-    assert 900 < sum(len(example.text.encode()) for example in strategy.memory) <= 1000
-    for order in (rows, rows[::-1]):
-        assert (
-            filled([replace(together, examples=[row]) for row in order], capacity_bytes=1000).memory == strategy.memory
-        )
-
-
-def test_no_small_row_slips_in_behind_a_large_one_that_had_to_leave(text_task: Task) -> None:
-    """Else short rows would be likelier to stay, and late ones."""
-    ids = sorted("abc", key=lambda id: number_of(0, id))
-    first, large, small = (Example(id, text="x" * size) for id, size in zip(ids, (10, 100, 1), strict=True))
-    task = text_task("a", [])
-    assert filled([replace(task, examples=[first, large, small])], capacity_bytes=50).memory == [first]
-    assert filled([replace(task, examples=[row]) for row in (first, large, small)], capacity_bytes=50).memory == [first]
-
-
-def test_all_text_of_a_row_counts() -> None:
-    row = Example(
-        "0", messages=(Message("user", "hỏi"), Message("assistant", "đáp")), choices=("a",), references=("bc",)
-    )
-    assert text_bytes(row) == len("hỏiđápabc".encode())
 
 
 # The mixture
@@ -178,17 +107,6 @@ def test_the_rows_left_out_rotate(text_task: Task) -> None:
     assert out == Counter({example.id: 1 for example in new.examples})
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_long_rows_are_left_out_as_often_as_short_ones(share: float) -> None:
-    sizes = [1] * 500 + [20] * 25
-    times = [0] * len(sizes)
-    for seed in range(200):
-        for index, out in enumerate(left_out(sizes, share=share, epoch=seed, generator=random.Random(seed))):
-            times[index] += out
-    assert sum(times[:500]) / 500 / 200 == pytest.approx(share, abs=0.02)
-    assert sum(times[500:]) / 25 / 200 == pytest.approx(share, abs=0.03)
-
-
 def test_the_same_call_gives_the_same_rows(text_task: Task) -> None:
     old, new = text_task("old", [10] * 200), text_task("new", [10] * 100)
     new.tokens.update(old.tokens)
@@ -209,7 +127,7 @@ def test_old_rows_say_so_and_keep_their_task(text_task: Task) -> None:
     mixed = replayed(strategy.mix_examples(new, 0))
     assert mixed
     assert {example.task for example in mixed} == {"base"}
-    assert {example.source for example in strategy.memory} == {"generated"}
+    assert {example.source for example in strategy.memory.rows} == {"generated"}
 
 
 def test_new_rows_enter_the_memory_only_after_their_task(text_task: Task) -> None:
@@ -220,7 +138,7 @@ def test_new_rows_enter_the_memory_only_after_their_task(text_task: Task) -> Non
     strategy.mix_examples(new, 0)
     assert strategy.state_dict() == before
     strategy.after_task(MODEL, new)
-    assert any(example.task == "new" for example in strategy.memory)
+    assert any(example.task == "new" for example in strategy.memory.rows)
 
 
 @pytest.mark.parametrize("options", [{}, {"ratio": 0.0}])
@@ -240,6 +158,19 @@ def test_the_state_gives_the_same_draws(text_task: Task) -> None:
         one.after_task(MODEL, more)
     assert other.state_dict() == strategy.state_dict()
     assert other.mix_examples(new, 2) == strategy.mix_examples(new, 2)
+
+
+@pytest.mark.parametrize("selection", ["herding", "kmeans"])
+def test_rows_are_chosen_by_where_the_model_puts_them(toy_task: Task, selection: Any) -> None:
+    task = toy_task(num=30)
+    model = nn.Linear(3, 4).double()
+    memory = Reservoir(6, selection=selection)
+    memory.offer(task.examples, seed=0, embed=lambda rows: torch.stack([task.inputs[row.id][0] for row in rows]))
+    nn.init.eye_(model.weight)  # the embedding is the row itself
+    nn.init.zeros_(model.bias)
+    strategy = Replay(capacity=6, selection=selection)
+    strategy.after_task(model, task)
+    assert strategy.memory.rows == memory.rows
 
 
 @pytest.mark.parametrize("options", [{"capacity": 0}, {"capacity_bytes": 0}, {"ratio": -0.1}, {"ratio": 1.0}])

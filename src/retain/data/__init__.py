@@ -7,6 +7,8 @@ tasks                    a task's train and test rows, labels and metric
 rendering, controls      a conversation as token ids, and which of them are trained
 packing                  steps, micro-batches, tensors; rows that are too long
 checking                 all of it counted, before training
+memory, coresets         old rows within limits, and which of them are kept
+mixing                   new rows and old ones in one epoch
 """
 
 __all__: list[str] = []
