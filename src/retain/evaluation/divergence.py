@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from retain.data.packing import fit_length, micro_batches, to_device
 from retain.data.rendering import Renderer
 from retain.errors import ModelError
+from retain.kernels.coarse_kl import coarse_kl, coarsened, likeliest
 from retain.models.family import Family, Outputs
 from retain.types import Batch, Example
 
@@ -99,9 +100,8 @@ def base_distribution(
         outputs = family.forward(model, batch)
         parts: list[tuple[Tensor, ...]] = []
         for chunk in _chunks(outputs):
-            logits = outputs.head(outputs.hidden[chunk]).float()  # (chunk, vocab)
-            ids = logits.topk(min(top, logits.shape[-1])).indices  # (chunk, top)
-            parts.append((ids.int().cpu(), *(part.cpu() for part in _coarsened(logits, ids))))
+            ids, *log_probs = likeliest(outputs.head(outputs.hidden[chunk]), top)
+            parts.append((ids.int().cpu(), *(part.cpu() for part in log_probs)))
         columns = [
             batch.targets[batch.counted].int().cpu(),
             *(torch.cat(column) for column in zip(*parts, strict=True)),
@@ -154,9 +154,8 @@ def kl_to_base(
         parts: list[Tensor] = []
         for chunk in _chunks(outputs):
             ids, log_p, log_p_rest = (part[chunk] for part in base)
-            log_q, log_q_rest = _coarsened(outputs.head(outputs.hidden[chunk]).float(), ids.long())
-            terms = torch.cat([_term(log_p, log_q), _term(log_p_rest, log_q_rest)[:, None]], dim=1)  # (chunk, top + 1)
-            parts.append(terms.double().sum(dim=1).cpu())
+            new = coarsened(outputs.head(outputs.hidden[chunk]), ids.long())
+            parts.append(coarse_kl(log_p.double(), log_p_rest.double(), *(part.double() for part in new)).cpu())
         for example, piece in zip(batch.examples, torch.cat(parts).split(_counts(batch)), strict=True):
             nats[example.id] = max(0.0, float(piece.sum()))  # the sum is not negative but for rounding
     counts = dict(zip(distribution.texts, distribution.counts, strict=True))
@@ -173,18 +172,6 @@ def _batches(
     rows, _ = fit_length(encoded, max_length=max_length, on_overflow="truncate")
     for group in micro_batches(sorted(rows, key=lambda row: row.num_tokens), max_tokens=max_tokens, packed=False):
         yield to_device(family.collate(group, renderer.tokenizer, packed=False), device)
-
-
-def _coarsened(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the given tokens, (positions, top), and of all others together, (positions,)."""
-    log_probs = logits.log_softmax(dim=-1)  # (positions, vocab)
-    kept = log_probs.gather(-1, ids)
-    return kept, log_probs.scatter_(-1, ids, -torch.inf).logsumexp(dim=-1)
-
-
-def _term(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p log(p / q), 0 where p is 0."""
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
 
 
 def _chunks(outputs: Outputs) -> Iterator[slice]:
