@@ -38,3 +38,11 @@ def test_there_is_no_base_to_go_back_to(llama: torch.nn.Module) -> None:
     with pytest.raises(CompatibilityError):
         Full().weight_changes(llama)
     assert Full().supports(DecoderFamily()) is None
+
+
+def test_no_module_can_be_put_beside_the_base(llama: torch.nn.Module) -> None:
+    assert Full().modules(llama) == []
+    with pytest.raises(CompatibilityError, match="beside"):
+        Full().extend(llama, "2")
+    with pytest.raises(CompatibilityError, match="beside"):
+        Full().activate(llama, [])

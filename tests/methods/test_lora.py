@@ -22,9 +22,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def tuned(build_llama: Callable[..., torch.nn.Module], **options: object) -> torch.nn.Module:
     model = LoRA(r=4, **options).apply(build_llama())
+    shake(model)
+    return model.eval()
+
+
+def shake(model: torch.nn.Module) -> None:
     for parameter in trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 def test_starts_as_the_base_and_trains_its_own_parameters_only(build_llama: Callable[..., torch.nn.Module]) -> None:
@@ -64,6 +68,26 @@ def test_weight_changes_are_what_a_merge_adds(build_llama: Callable[..., torch.n
         torch.testing.assert_close(merged[name] - base[name], change, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_low_rank_factors_make_the_weight_changes(build_llama: Callable[..., torch.nn.Module], pairs: int) -> None:
+    model = tuned(build_llama)
+    if pairs == 2:
+        LoRA(r=4).extend(model, "second")
+    shake(model)
+    named = dict(model.named_parameters())
+    got: dict[str, torch.Tensor] = {}
+    for change in LoRA(r=4).low_rank(model):
+        product = change.scale * named[change.left] @ named[change.right]
+        assert product.shape == named[change.weight].shape
+        assert not change.transposed
+        got[change.weight] = got.get(change.weight, torch.zeros(())) + product
+    wanted = LoRA(r=4).weight_changes(model)
+    assert len(got) == len(wanted) > 0
+    for value, other in zip(got.values(), wanted.values(), strict=True):
+        torch.testing.assert_close(value, other)
+    assert LoRA(use_dora=True).low_rank(tuned(build_llama, use_dora=True)) == []
+
+
 def test_a_target_that_is_not_there_is_refused_with_what_is(llama: torch.nn.Module) -> None:
     with pytest.raises(ConfigError, match="q_proj"):
         LoRA(target_modules=("query",)).apply(llama)
@@ -84,3 +108,58 @@ def test_detaching_a_bare_model_is_refused(llama: torch.nn.Module) -> None:
 def test_supports() -> None:
     assert LoRA().supports(DecoderFamily()) is None
     assert "not linear" in (LoRA().supports(RecurrentFamily()) or "")
+
+
+def test_further_pairs_are_summed_and_only_the_newest_moves(
+    build_llama: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    method = LoRA(r=4, dropout=0.5)
+    model = method.apply(build_llama())
+    base = logits(model.eval())
+    shake(model)
+    first, change = logits(model), method.weight_changes(model)
+    method.extend(model, "2-other")
+    assert torch.equal(logits(model.eval()), first), "B starts at zero"
+    assert all("2-other" in name for name in trainable(model))
+    shake(model)
+    both, changes = logits(model), method.weight_changes(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    method.activate(model, ["2-other"])
+    for name, alone in method.weight_changes(model).items():
+        torch.testing.assert_close(changes[name], change[name] + alone)
+    assert torch.equal(logits(method.activate(model, [])), base)
+    assert torch.equal(logits(method.activate(model, ["default"])), first)
+    assert torch.equal(logits(method.activate(model, ["default", "2-other"])), both)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert method.modules(model) == ["default", "2-other"]
+
+    method.save(model, tmp_path)
+    again = method.load(build_llama(), tmp_path).eval()
+    assert torch.equal(logits(again), both)
+    assert torch.equal(logits(method.activate(again, ["default"])), first)
+    assert method.modules(again) == ["default", "2-other"]
+    method.activate(again, ["default", "2-other"])
+    torch.testing.assert_close(logits(method.merge(again)), both, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_pair_draws_no_dropout(build_llama: Callable[..., torch.nn.Module]) -> None:
+    method = LoRA(r=4, dropout=0.5)
+    model = method.apply(build_llama())
+    shake(model)
+    method.extend(model, "2-other")
+    method.activate(model, ["default"])
+    assert torch.equal(logits(model.train()), logits(model.eval()))
+
+
+def test_a_pair_made_while_others_are_off_stands_alone(build_llama: Callable[..., torch.nn.Module]) -> None:
+    method = LoRA(r=4)
+    model = method.apply(build_llama())
+    shake(model)
+    method.extend(method.activate(model, []), "2-other")
+    assert torch.equal(logits(model), logits(method.activate(model, [])))
+
+
+def test_a_bare_base_has_nothing_to_switch(llama: torch.nn.Module) -> None:
+    assert LoRA().activate(llama, []) is llama
+    with pytest.raises(CompatibilityError):
+        LoRA().activate(llama, ["default"])

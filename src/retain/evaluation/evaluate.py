@@ -1,7 +1,7 @@
 """Everything that is measured after a stage: every task's test rows, the probes, and the KL to the base model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,12 +9,13 @@ from torch import nn
 from retain.data.rendering import Renderer
 from retain.errors import ConfigError
 from retain.evaluation.divergence import Distribution, base_distribution, kl_to_base
+from retain.evaluation.inferred import INFERRED, can_infer, score_inferred
 from retain.evaluation.probes import balanced, load_probes, load_texts, score_probes, some_texts
 from retain.evaluation.scoring import mean_score, score_task
 from retain.evaluation.statistics import interval
 from retain.models.family import Family
 from retain.parameters import evaluating
-from retain.types import Answer, Score, Task
+from retain.types import Answer, Example, Score, Task
 
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
 
@@ -63,7 +64,8 @@ class Evaluation:
     """What was measured.
 
     Args:
-        scores: by suite: every task, then `probe:<ability>`, `probes` (all of them) and `kl` (nats a token).
+        scores: by suite: every task, some also as `inferred:<task>`, then `probe:<ability>`, `probes` (all of them) and
+            `kl` (nats a token).
         answers: one an example of every suite; those of `probes` are its abilities'.
         distribution: the base model's on the texts, for the stages to come; None where `kl` is off.
     """
@@ -83,6 +85,8 @@ def evaluate(
     base: Distribution | None = None,
     seed: int = 0,
     select: Callable[[str], nn.Module] | None = None,
+    infer: Callable[[Sequence[Example]], list[str]] | None = None,
+    unnamed: Collection[str] = (),
 ) -> Evaluation:
     """Score a model on tasks, probes and texts; it is left as it was, its mode and the random state too.
 
@@ -96,6 +100,9 @@ def evaluate(
         seed: of the bootstrap and of the choice of probes; the same for all stages of a lineage.
         select: the model that answers for a task's name, where the strategy keeps one for each. Probes and texts
             belong to no task and are asked of `model`, first, before `select` changes anything.
+        infer: the names of the tasks that prompts are of, as `select` takes them.
+        unnamed: tasks that are scored once more, as `inferred:<task>`, each row answered by the model for the name that
+            `infer` gives it.
 
     Raises:
         ConfigError: a task bears the name of a suite of ours, or an unknown metric.
@@ -103,7 +110,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     for task in tasks:
-        if task.name in ("probes", "kl") or task.name.startswith("probe:"):
+        if task.name in ("probes", "kl") or task.name.startswith(("probe:", INFERRED)):
             raise ConfigError(
                 f"a task cannot be named `{task.name}`", hint="probes and kl are scored under these names"
             )
@@ -118,6 +125,10 @@ def evaluate(
                     score, given = score_task(chosen, task, family=family, renderer=renderer, seed=seed)
                 scores[task.name] = score
                 answers += given
+                if select and infer and task.name in unnamed and can_infer(task):
+                    score, given = score_inferred(task, infer, select, family=family, renderer=renderer, seed=seed)
+                    scores[f"{INFERRED}{task.name}"] = score
+                    answers += given
     return Evaluation(scores | probed[0] | moved[0], answers + probed[1] + moved[1], moved[2])
 
 

@@ -1,6 +1,6 @@
 """Full fine-tuning: every weight moves."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from retain.errors import CompatibilityError
+from retain.kernels.low_rank import LowRank
 from retain.models.family import Family, pretrained
 
 __all__ = ["Full"]
@@ -22,6 +23,7 @@ class Full:
     name: ClassVar[str] = "full"
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = False
+    can_extend: ClassVar[bool] = False
 
     def supports(self, family: Family) -> str | None:
         """Every family that learns by gradients."""
@@ -62,6 +64,30 @@ class Full:
         )
         yield model
 
+    def modules(self, model: nn.Module) -> list[str]:
+        """None: the base itself is tuned."""
+        return []
+
+    def extend(self, model: nn.Module, name: str) -> nn.Module:
+        """Refused: there is no module beside the base.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise _no_modules()
+
+    def activate(self, model: nn.Module, names: Sequence[str]) -> nn.Module:
+        """Refused: there is no module beside the base.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise _no_modules()
+
+    def low_rank(self, model: nn.Module) -> Sequence[LowRank]:
+        """None: the weights themselves move."""
+        return ()
+
     def weight_changes(self, model: nn.Module) -> dict[str, Tensor]:
         """Refused: the base's weights are overwritten.
 
@@ -72,3 +98,10 @@ class Full:
             "full fine-tuning keeps no base weights to compare with",
             hint="load the base model a second time and subtract",
         )
+
+
+def _no_modules() -> CompatibilityError:
+    return CompatibilityError(
+        "full fine-tuning tunes the base model itself, so no module can be put beside it",
+        hint="use `method: adapter`, `lora`, `prompt`, or `columns` for a recurrent model",
+    )

@@ -1,11 +1,17 @@
-"""What moves: a tuning method says it through `requires_grad` and nothing else."""
+"""What moves: a tuning method says it through `requires_grad` and nothing else.
 
+A method that can extend keeps several modules (columns, adapters, prompts) beside one frozen base: `apply` makes the
+first, `extend` further ones, `activate` says which of them answer.
+"""
+
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from retain.kernels.low_rank import LowRank
 from retain.models.family import Family
 
 __all__ = ["Method"]
@@ -17,6 +23,7 @@ class Method(Protocol):
     name: ClassVar[str]
     packs: ClassVar[bool]  # may packed documents share a row? (soft prompts leak between them)
     can_detach: ClassVar[bool]  # is the base's own behaviour still there, without a second model?
+    can_extend: ClassVar[bool]  # may there be several modules beside the frozen base?
 
     def supports(self, family: Family) -> str | None:
         """Why this method cannot tune the family, or None."""
@@ -40,6 +47,28 @@ class Method(Protocol):
 
     def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The base model's own behaviour while inside."""
+        ...
+
+    def modules(self, model: nn.Module) -> list[str]:
+        """The names of the modules that the method put beside the base, oldest first."""
+        ...
+
+    def extend(self, model: nn.Module, name: str) -> nn.Module:
+        """Add a module that reads, or is added to, those that are active; it becomes active, and only it is trained.
+
+        Its first weights are drawn from the global random state.
+        """
+        ...
+
+    def activate(self, model: nn.Module, names: Sequence[str]) -> nn.Module:
+        """Let exactly these modules take part, the last one answering; none: the base's own behaviour.
+
+        What is trained stays as it is. Of none, the model may be a bare base that the method was not applied to.
+        """
+        ...
+
+    def low_rank(self, model: nn.Module) -> Sequence[LowRank]:
+        """The changes of frozen weights that are trained as products of two factors; empty where there are none."""
         ...
 
     def weight_changes(self, model: nn.Module) -> dict[str, Tensor]:

@@ -195,7 +195,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         )
         read, end = self.rnn(packed, start)
         moved, _ = pad_packed_sequence(read, batch_first=True, total_length=embedded.shape[1])
-        hidden = torch.zeros_like(moved).scatter(1, index, moved)
+        hidden = torch.zeros_like(moved).scatter(1, order[..., None].expand_as(moved), moved)
         return hidden, end if isinstance(end, tuple) else (end,)
 
     def _init_weights(self, module: nn.Module) -> None:
