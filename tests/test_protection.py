@@ -20,6 +20,7 @@ from retain.protection import protect
 from retain.strategies.chain import Chain
 from retain.strategies.ewc import EWC
 from retain.strategies.joint import Joint
+from retain.strategies.lamol import LAMOL
 from retain.strategies.lwf import LwF
 from retain.strategies.replay import Replay
 from retain.strategies.sequential import Sequential
@@ -258,6 +259,9 @@ def test_what_cannot_be_protected_is_refused(make: Maker) -> None:
     with pytest.raises(CompatibilityError, match="cannot be protected") as caught:
         protect(make(FIRST), Joint())
     assert "'joint'" in str(caught.value.problems)
+    with pytest.raises(CompatibilityError) as caught:
+        protect(make(FIRST), Chain(Replay(), LAMOL()))
+    assert caught.value.problems == ["'lamol' reads and writes rows as text, and a Trainer's rows are token ids"]
     trained = make(FIRST)
     trained.train()
     with pytest.raises(CompatibilityError) as caught:

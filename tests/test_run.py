@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from retain.config import load_config
 from retain.data.tasks import TaskConfig
-from retain.errors import BudgetExceeded, ConfigError, LineageError
-from retain.inference import load_stage
+from retain.errors import BudgetExceeded, CompatibilityError, ConfigError, LineageError
+from retain.inference import answer, load_stage
 from retain.lineage import Lineage
 from retain.run import extend, train
 from retain.storage.state import load_state
-from retain.types import StepInfo
+from retain.types import Example, Message, StepInfo
 
 Recipe = Callable[..., Path]
 
@@ -195,3 +195,107 @@ def test_two_processes_equal_one(write_recipe: Recipe, tmp_path: Path, processes
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     torch.testing.assert_close(weights(Lineage.open(tmp_path / "two")), weights(one), rtol=0, atol=2e-3)
+
+
+COLUMNS: dict[str, Any] = {
+    "method": {"name": "adapter", "size": 8},
+    "strategy": {"name": "progressive"},
+    "evaluation": {"max_probes": 11, "max_texts": 3},
+}
+
+
+def test_columns_forget_exactly_nothing(write_recipe: Recipe, tmp_path: Path) -> None:
+    """Train, resume, continue in a new process, roll back: every old answer and weight stays what it was."""
+    recipe = write_recipe(**COLUMNS)
+
+    def interrupt(info: StepInfo) -> None:
+        if (info.task, info.step) == ("animal", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, observers=[interrupt])
+    lineage = run(recipe)
+    whole = run(write_recipe("whole.yaml", **COLUMNS, output_dir=str(tmp_path / "whole")))
+    assert torch.equal(weights(lineage), weights(whole)), "going on in the middle of a column is exact"
+
+    entry = TaskConfig(name="third", train=str(tmp_path / "data" / "animal.jsonl"), max_new_tokens=4)
+    lineage = extend(lineage.path, [entry])
+    base, first, second, third = lineage.record().stages
+    assert first.scores["colour"] == second.scores["colour"] == third.scores["colour"]
+    assert second.scores["animal"] == third.scores["animal"]
+    for stage in (first, second, third):
+        assert stage.scores["probes"] == base.scores["probes"], "probes are of the base, with no column"
+        assert stage.scores["kl"].value == 0.0
+    assert first.scores["animal"] == base.scores["animal"], "so is a task that was never learned"
+    assert {"inferred:colour", "inferred:animal"} <= second.scores.keys()
+    assert "inferred:animal" not in first.scores
+    assert any("when named" in note for note in lineage.record().notes), "the report states both"
+
+    one, two, three = (load_stage(lineage, stage)[0] for stage in (1, 2, 3))
+    ids = torch.tensor([one.renderer.text_ids("name 3")])
+    with torch.no_grad():
+        colour = one.for_task("colour")(input_ids=ids).logits
+        animal = two.for_task("animal")(input_ids=ids).logits
+        assert not torch.equal(colour, animal)
+        for later in (two, three):
+            assert torch.equal(later.for_task("colour")(input_ids=ids).logits, colour)
+            assert torch.equal(later.for_task("animal")(input_ids=ids).logits, animal)
+    old = {name: value for name, value in one.model.state_dict().items() if "adapters" in name}
+    assert old
+    assert all(torch.equal(three.model.state_dict()[name], value) for name, value in old.items())
+
+    lineage.rollback(1)
+    head = load_stage(lineage)[0]
+    with torch.no_grad():
+        assert torch.equal(head.for_task("colour")(input_ids=ids).logits, colour)
+    asked = Example(id="1", messages=(Message("user", "name 3"), Message("assistant", "")))
+    assert head.infer_tasks([asked]) == ["colour"]
+    assert isinstance(answer(three, [Message("user", "what 3?")], max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize("reads_base", [True, False])
+def test_whole_networks_as_columns(write_recipe: Recipe, tmp_path: Path, reads_base: bool) -> None:
+    family = {"family": "recurrent", "hidden_size": 16, "cell": "gru", "vocab_size": 300, "num_layers": 2}
+    method = {"name": "columns", "reads_base": reads_base}
+    lineage = run(write_recipe(model=family, method=method, strategy="progressive"))
+    entry = TaskConfig(name="third", train=str(tmp_path / "data" / "animal.jsonl"), max_new_tokens=4)
+    lineage = extend(lineage.path, [entry])
+    base, first, second, third = lineage.record().stages
+    assert first.scores["colour"] == second.scores["colour"] == third.scores["colour"]
+    assert second.scores["animal"] == third.scores["animal"]
+    assert third.scores["probes"] == base.scores["probes"]
+    assert third.scores["kl"].value == 0.0
+    one, three = (load_stage(lineage, stage)[0] for stage in (1, 3))
+    ids = torch.tensor([one.renderer.text_ids("name 3")])
+    with torch.no_grad():
+        answers = [target.for_task("colour")(input_ids=ids).logits for target in (one, three)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "prompt"])
+def test_columns_continue_in_a_new_process(write_recipe: Recipe, tmp_path: Path, method: str) -> None:
+    test_continuing_in_a_new_process_equals_one_run(write_recipe, tmp_path, method, "progressive")
+
+
+def test_pairs_continue_in_a_new_process(write_recipe: Recipe, tmp_path: Path) -> None:
+    test_continuing_in_a_new_process_equals_one_run(write_recipe, tmp_path, "lora", "olora")
+
+
+def test_subspaces_continue_in_a_new_process(write_recipe: Recipe, tmp_path: Path) -> None:
+    test_continuing_in_a_new_process_equals_one_run(write_recipe, tmp_path, "full", "osf")
+
+
+def test_columns_join_a_lineage_late(write_recipe: Recipe, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"method": {"name": "lora", "r": 4}, "evaluation": {"probes": False, "kl": False}}
+    lineage = run(write_recipe(**sections))
+    before = lineage.record().stages[-1].scores
+    entry = TaskConfig(name="third", train=str(tmp_path / "data" / "animal.jsonl"), max_new_tokens=4)
+    lineage = extend(lineage.path, [entry], overrides=["strategy=progressive"])
+    after = lineage.record().stages[-1].scores
+    assert all(after[task] == before[task] for task in ("colour", "animal"))
+
+
+def test_columns_need_a_method_that_can_extend(write_recipe: Recipe) -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        run(write_recipe(strategy={"name": "progressive"}))
+    assert "progressive: method 'full' cannot put a new column" in caught.value.problems[0]

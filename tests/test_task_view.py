@@ -170,3 +170,12 @@ def test_a_helper_is_trained_by_the_loop_it_is_given(tokenizer: Any, llama: nn.M
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(CompatibilityError, match="no loop"):
         bound(tokenizer).fit(llama, ROWS[:2])
+
+
+def test_logits_are_in_the_runs_precision_whenever_they_are_asked_for(tokenizer: Any, llama: nn.Module) -> None:
+    view = bound(tokenizer, precision="bf16")
+    [batch] = view.batches(ROWS)
+    outputs = view.forward(llama, batch)
+    assert outputs.logits().dtype == torch.bfloat16
+    outputs = view.forward(llama.bfloat16(), batch)
+    assert replace(outputs, hidden=outputs.hidden.float()).logits().dtype == torch.bfloat16

@@ -267,3 +267,13 @@ def test_a_helper_learns_without_protection_or_validation(
     config = make_config(max_steps=2, eval_steps=1, early_stopping_patience=1, save_steps=1)
     helper = train_helper(build_llama().double(), make_view(tokenizer), config=config)
     assert torch.equal(weights(helper), run(build_llama, make_view(tokenizer), make_config(max_steps=2)))
+
+
+def test_what_a_strategy_tells_is_in_the_result(tokenizer: Any, llama: nn.Module) -> None:
+    class Telling(Strategy):
+        @property
+        def notes(self) -> Sequence[str]:
+            return ["4 of 5 rows were written"]
+
+    result = train_task(llama, make_view(tokenizer), strategy=Telling(), config=make_config(max_steps=1))
+    assert result.notes == ("task toy: 4 of 5 rows were written",)

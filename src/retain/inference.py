@@ -10,6 +10,7 @@ from retain import distributed
 from retain.config import RunConfig, load_config
 from retain.data.rendering import Renderer
 from retain.data.tasks import TaskConfig, load_task
+from retain.errors import ConfigError
 from retain.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from retain.lineage import Lineage
 from retain.memory import take_memory
@@ -43,10 +44,20 @@ class Answering:
     strategy: Strategy = field(default_factory=Strategy)
     """By which the model answers for a task."""
     view: BoundTask | None = None
-    """What the strategy reads a prompt by, where nobody names its task."""
+    """What the strategy reads a prompt by, where nobody names its task; None where it needs no names."""
+    learned: tuple[str, ...] = ()
+    """The tasks that the model has learned."""
 
     def for_task(self, name: str) -> nn.Module:
-        """The model that answers for a task."""
+        """The model that answers for a task.
+
+        Raises:
+            ConfigError: if the model was never taught a task of that name; `base` and no name are the base model.
+        """
+        if name not in ("", "base", *self.learned):
+            raise ConfigError(
+                f"the model has learned no task `{name}`", hint=f"its tasks are {', '.join(self.learned) or 'none'}"
+            )
         return self.strategy.select(self.model, name)
 
     def infer_tasks(self, rows: Sequence[Example]) -> list[str]:
@@ -94,8 +105,8 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
         precision=distributed.resolve_precision("auto"),
     )  # fmt: skip
     if config.strategy.needs_task_name:
-        return Answering(model, source.family, renderer, source.notice, config.strategy, view), config
-    return Answering(model, source.family, renderer, source.notice), config
+        return Answering(model, source.family, renderer, source.notice, config.strategy, view, tuple(line)), config
+    return Answering(model, source.family, renderer, source.notice, learned=tuple(line)), config
 
 
 def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
@@ -138,23 +149,32 @@ def rows_to_score(data: str, *, metric: str = "auto", limit: int | None = None, 
 
 
 def score(target: Answering, tasks: Sequence[Task], *, probes: bool = True, seed: int = 0) -> Evaluation:
-    """Score a model on tasks, and on the probes where asked."""
+    """Score a model on tasks, and on the probes where asked.
+
+    Where each task has a column, a task that was learned is scored by its own, and every task once more as
+    `inferred:<task>`; one of another name is scored by the base model.
+    """
     config = EvaluationConfig(probes=probes, kl=False)
     with distributed.autocast(distributed.resolve_precision("auto")):
         return evaluate(
             target.for_task("base"), tasks, family=target.family, renderer=target.renderer, config=config, seed=seed,
-            select=target.for_task, infer=target.infer_tasks,
+            select=lambda name: target.for_task(name if name in target.learned else "base"), infer=target.infer_tasks,
             unnamed=[task.name for task in tasks] if target.view is not None else (),
         )  # fmt: skip
 
 
 def answer(
-    target: Answering, messages: Sequence[Message], *, temperature: float = 0.0, max_new_tokens: int = 256
+    target: Answering,
+    messages: Sequence[Message],
+    *,
+    task: str = "",
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
 ) -> str:
-    """The model's next turn in a conversation; where each task has a column, by that of the likeliest task."""
+    """The model's next turn in a conversation; where each task has a column, by that of `task` or the likeliest one."""
     with distributed.autocast(distributed.resolve_precision("auto")):
         asked = Example(id="", messages=(*messages, Message("assistant", "")))
-        model = target.for_task(target.infer_tasks([asked])[0])
+        model = target.for_task(task or target.infer_tasks([asked])[0])
         [text] = target.family.generate(
             model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p=0.95),

@@ -27,7 +27,7 @@ from retain.errors import CompatibilityError
 from retain.parameters import trainable
 from retain.storage.state import load_state, save_state
 from retain.strategies.chain import Chain
-from retain.strategies.strategy import Strategy
+from retain.strategies.strategy import Strategy, TaskMethod
 from retain.trainer_task import TrainerMethod, TrainerTask, example_of
 from retain.types import Example
 
@@ -80,7 +80,7 @@ class Protection(TrainerCallback):
         memory: Path | str | None,
     ) -> None:
         self.trainer, self.strategy = trainer, strategy
-        method = TrainerMethod(isinstance(self.model, PeftModel))
+        method = cast("TaskMethod", TrainerMethod(isinstance(self.model, PeftModel)))  # its names are no class's
         refuse(trainer, strategy, method)
         rows = [dict(row) for row in cast("Iterable[Mapping[str, Any]]", trainer.train_dataset)]
         self.task = TrainerTask(
@@ -228,21 +228,31 @@ class Protection(TrainerCallback):
 
 def has_loss_term(strategy: Strategy) -> bool:
     """Does it, or one of a chain, look at outputs?"""
-    links = strategy.strategies if isinstance(strategy, Chain) else (strategy,)
-    return any(type(link).loss_term is not Strategy.loss_term for link in links)
+    return any(type(link).loss_term is not Strategy.loss_term for link in links_of(strategy))
 
 
-def refuse(trainer: Trainer, strategy: Strategy, method: TrainerMethod) -> None:
+def links_of(strategy: Strategy) -> Sequence[Strategy]:
+    """The strategies of a chain, or the one strategy."""
+    return strategy.strategies if isinstance(strategy, Chain) else (strategy,)
+
+
+def refuse(trainer: Trainer, strategy: Strategy, method: TaskMethod) -> None:
     """Raise where a strategy would not act as it should.
 
     Raises:
         CompatibilityError: with the reason.
     """
     problems: list[str] = []
+    links = links_of(strategy)
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         problems.append("the Trainer has no training data of a known length")
     if strategy.needs_task_name or strategy.stands_alone:
         problems.append(f"{strategy.name!r} changes the model or the training from task to task")
+    problems += [
+        f"{link.name!r} reads and writes rows as text, and a Trainer's rows are token ids"
+        for link in links
+        if link.reads_text
+    ]
     if reason := strategy.supports(method):
         problems.append(f"{strategy.name!r}: {reason}")
     if trainer.args.fp16:

@@ -24,6 +24,7 @@ from retain.config import RunConfig, check_compatibility, dump_config, load_conf
 from retain.data.self_text import write_self_text
 from retain.data.tasks import TaskConfig, load_task
 from retain.errors import ConfigError, LineageError
+from retain.evaluation.inferred import inferred_notes
 from retain.experiment import Experiment, open_experiment, read_distribution
 from retain.inference import base_source
 from retain.lineage import EARLIER, BaseModel, Lineage
@@ -222,7 +223,10 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
     if distributed.is_main():
         with disk_errors(folder):
             if experiment.source.folder is None:  # a model that started from nothing exists nowhere else
-                pretrained(experiment.model).save_pretrained(folder / "model")
+                base, _ = experiment.source.load(
+                    [row for task in experiment.tasks for row in task.train], seed=config.train.seed
+                )  # once more: the experiment's has the method's modules in it by now
+                pretrained(base).save_pretrained(folder / "model")
                 experiment.renderer.tokenizer.save_pretrained(folder / "model")
             if experiment.distribution is not None:
                 experiment.distribution.save(folder / "distribution.safetensors")
@@ -255,9 +259,7 @@ def protected_rows(experiment: Experiment) -> tuple[Example, ...]:
         log.info("the base model writes %d rows that stand for its abilities", config.protect_rows)
         view = experiment.view("base", ())
         chat = experiment.renderer.tokenizer.chat_template is not None
-        return write_self_text(
-            experiment.model, view, num=config.protect_rows, seed=config.train.seed, chat=chat
-        )
+        return write_self_text(experiment.model, view, num=config.protect_rows, seed=config.train.seed, chat=chat)
     entry = TaskConfig(name="base", train=config.protect_base, max_train_rows=config.protect_rows, test_fraction=0.0)
     return tuple(replace(row, source="generated") for row in load_task(entry, seed=config.train.seed).task.train)
 
@@ -286,9 +288,10 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
     log.info("scoring after %s", task.name)
     evaluation = experiment.evaluate(learned=[*experiment.learned, task.name])
     index = lineage.next_index
+    notes = [*result.notes, *inferred_notes(task.name, evaluation.scores)]
     record = StageRecord(
         index, task.name, evaluation.scores, tuple(evaluation.answers), result.history,
-        experiment.describe(started, rows=task.train, history=result.history, notes=result.notes, accepted=accept),
+        experiment.describe(started, rows=task.train, history=result.history, notes=notes, accepted=accept),
     )  # fmt: skip
     if distributed.is_main():
         with disk_errors(folder):

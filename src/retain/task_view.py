@@ -107,9 +107,15 @@ class BoundTask:
         yield from view.collate(rows)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """One pass, in the run's precision."""
+        """One pass, in the run's precision; so is its head, whenever logits are asked for."""
         with distributed.autocast(self.precision):
-            return self.family.forward(model, batch)
+            outputs = self.family.forward(model, batch)
+
+        def head(hidden: Tensor) -> Tensor:
+            with distributed.autocast(self.precision):
+                return outputs.head(hidden)
+
+        return outputs if self.precision == "fp32" else replace(outputs, head=head)
 
     def loss(self, outputs: ModelOutputs, batch: Batch) -> Tensor:
         """Nats, weighted and summed over counted targets."""

@@ -221,7 +221,7 @@ def train_task(
     model.train()
     if config.gradient_checkpointing:
         pretrained(model).activation_checkpointing_enable({"use_reentrant": False})
-    notes = [f"task {view.name}: {note}" for note in overflow_notes(counts)]
+    notes = [f"task {view.name}: {note}" for note in (*overflow_notes(counts), *strategy.notes)]
     started = time.perf_counter()
     with deferred_interrupts() as interrupted:
         for step, (epoch, group) in enumerate(steps_from(view, strategy, config)):

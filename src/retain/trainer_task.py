@@ -25,7 +25,7 @@ from retain.kernels.low_rank import LowRank
 from retain.methods.lora import LoRA
 from retain.models.causal import generate_causal
 from retain.parameters import evaluating
-from retain.strategies.strategy import ModelOutputs
+from retain.strategies.strategy import ModelOutputs, TaskMethod
 from retain.types import IGNORED, Batch, Example, Sampling
 
 __all__ = ["TrainerMethod", "TrainerTask", "example_of"]
@@ -144,7 +144,7 @@ class TrainerTask:
     examples: Sequence[Example]
     columns: tuple[str, ...]
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-    method: TrainerMethod
+    method: TaskMethod
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     batch_size: int

@@ -53,7 +53,7 @@ def test_list_as_json(retain: Retain) -> None:
 
 
 def test_list_of_something_unknown(retain: Retain) -> None:
-    retain("list", "ewx").refused("Did you mean `ewc`?", "strategies: ewc, ")
+    retain("list", "ewx").refused("Did you mean `ewc`?", "strategies: agem, ")
 
 
 def test_every_field_has_a_meaning() -> None:

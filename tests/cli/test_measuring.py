@@ -89,3 +89,22 @@ def test_chat_goes_on_until_an_empty_line(retain: Retain, lineage: Path, monkeyp
     assert result.code == 0
     assert "[b]answer 1[/b]\n" in result.out
     assert asked[1] == ["system: Be brief.", "user: one", "assistant: [b]answer 1[/b]", "user: two"]
+
+
+def test_columns_are_chosen_by_name_or_inferred(retain: Retain, trained: Path) -> None:
+    """A recipe of adapters in columns, from the first command to an answer."""
+    out = trained / "columns"
+    overrides = ["method=adapter", "strategy=progressive", f"output_dir={out}", "train.num_train_epochs=8"]
+    assert retain("train", trained / "recipe.yaml", *overrides, "--json").code == 0
+    file = trained / "colour.test.jsonl"
+    scores = json.loads(retain("evaluate", out, "--stage", 1, "--data", file, "--no-probes", "--json").out)
+    assert {"colour.test", "inferred:colour.test"} == scores.keys()
+    ask = ["--prompt", "colour 3", "--max-new-tokens", 3]
+    first = retain("chat", out, "--stage", 1, "--task", "colour", *ask)
+    last = retain("chat", out, "--task", "colour", *ask)
+    assert first.code == last.code == 0
+    assert first.out == last.out, "its column has not changed"
+    assert retain("chat", out, *ask).out == last.out, "the prompt is the task's own"
+    retain("chat", out, "--task", "colours", *ask).refused("no task `colours`", "colour, animal")
+    assert retain("rollback", out, 1).code == 0
+    assert retain("chat", out, *ask).out == first.out

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,37 @@ from torch import Tensor, nn
 
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError
+from retain.methods.adapter import Adapter
+from retain.methods.columns import Columns
 from retain.methods.full import Full
 from retain.methods.lora import LoRA
+from retain.methods.prompt import Prompt
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
 from retain.parameters import trainable
 from retain.strategies import STRATEGIES, Strategy
+from retain.strategies.agem import AGEM
 from retain.strategies.chain import Chain
+from retain.strategies.der import DER
 from retain.strategies.ewc import EWC
+from retain.strategies.freeze_layers import FreezeLayers
+from retain.strategies.interpolation import WiSEFT
 from retain.strategies.joint import Joint
+from retain.strategies.l2 import L2
+from retain.strategies.lamol import LAMOL
+from retain.strategies.lwf import LwF
+from retain.strategies.mas import MAS
+from retain.strategies.olora import OLoRA
+from retain.strategies.osf import OSF
+from retain.strategies.progressive import Progressive
 from retain.strategies.replay import Replay
+from retain.strategies.scholar import Scholar
+from retain.strategies.self_replay import SelfReplay
 from retain.strategies.sequential import Sequential
+from retain.strategies.si import SI
+from retain.strategies.single_task import SingleTask
+from retain.strategies.ssr import SSR
+from retain.strategies.ties import TIES
 from retain.task_view import BoundTask
 from retain.train_config import TrainConfig
 from retain.trainer import TrainResult, train_helper, train_task
@@ -40,6 +61,10 @@ class Case:
         penalises: does it report a penalty?
         mixes: does it change the rows?
         of_base: does what it keeps of the base model change how the first task is learned?
+        grows: does it train new weights in the second task, so that nothing is pulled back to where it was?
+        plain_first: without a base, is the first task plain fine-tuning?
+        merges: does it change the weights when a task ends, and not before?
+        idle: worlds where these toy tasks give it nothing to do.
         worlds: what it tunes.
     """
 
@@ -48,26 +73,60 @@ class Case:
     penalises: bool = False
     mixes: bool = False
     of_base: bool = True
+    grows: bool = False
+    plain_first: bool = True
+    merges: bool = False
+    idle: Sequence[str] = ()
     worlds: Sequence[str] = ("full", "lora", "recurrent")
 
 
 CASES: dict[str, Case] = {
+    "agem": Case(AGEM, idle=("full", "recurrent")),  # old rows pull the same way there
+    "der": Case(lambda: DER(ratio=0.5, alpha=0.5, beta=0.5), lambda: DER(ratio=0.0), mixes=True),
     "ewc": Case(
         lambda: EWC(strength=1e3, num_samples=6), lambda: EWC(strength=0.0, num_samples=2), penalises=True
     ),
+    "freeze_layers": Case(
+        lambda: FreezeLayers(num_layers=0, embeddings=False, patterns=(r"layers\.0\.|rnn\.weight",)),
+        lambda: FreezeLayers(num_layers=0, embeddings=False),
+    ),
     "joint": Case(Joint, mixes=True, of_base=False),
+    "l2": Case(lambda: L2(strength=3.0), lambda: L2(strength=0.0), penalises=True),
+    "lamol": Case(
+        lambda: LAMOL(gamma=0.5, max_rounds=1), lambda: LAMOL(gamma=0.0, generation_weight=0.0),
+        mixes=True, plain_first=False,
+    ),
+    "lwf": Case(lambda: LwF(strength=10.0), lambda: LwF(strength=0.0)),
+    "mas": Case(lambda: MAS(strength=1e3, num_samples=6), lambda: MAS(strength=0.0, num_samples=2), penalises=True),
+    "olora": Case(OLoRA, of_base=False, penalises=True, grows=True, worlds=("lora",)),
+    "osf": Case(OSF, lambda: OSF(rank_ratio=0.0), worlds=("full", "recurrent")),
+    "progressive": Case(Progressive, of_base=False, grows=True, worlds=("adapter", "columns", "lora", "prompt")),
     "replay": Case(lambda: Replay(ratio=0.5), lambda: Replay(ratio=0.0), mixes=True),
+    "scholar": Case(lambda: Scholar(max_rounds=1), lambda: Scholar(real_share=1.0), mixes=True),
+    "self_replay": Case(
+        lambda: SelfReplay(num=6, max_new_tokens=6), lambda: SelfReplay(num=2, max_new_tokens=2, ratio=0.0),
+        penalises=True,
+    ),
     "sequential": Case(Sequential, Sequential, of_base=False),
+    "si": Case(lambda: SI(strength=1e3, num_samples=6), lambda: SI(strength=0.0, num_samples=2), penalises=True),
+    "single_task": Case(SingleTask, of_base=False),
+    "ssr": Case(lambda: SSR(num=2, ratio=0.5, max_rounds=1), lambda: SSR(num=1, ratio=0.0, max_rounds=1), mixes=True),
+    "ties": Case(TIES),
+    "wise_ft": Case(WiSEFT, lambda: WiSEFT(alpha=1.0), merges=True),
 }  # fmt: skip
 
 WORLDS = {
+    "adapter": (DecoderFamily(), Adapter(size=4, dropout=0.1)),
+    "columns": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), Columns()),
     "full": (DecoderFamily(), Full()),
     "lora": (DecoderFamily(), LoRA(r=2, alpha=4, dropout=0.1)),
+    "prompt": (DecoderFamily(), Prompt(num_tokens=3)),
     "recurrent": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), Full()),
 }
 """What is tuned, and how."""
 
-QUICK = {"ewc+replay", "replay+ewc"}
+QUICK = ["ewc+replay", "replay+ewc"]
+"""Pairs that every test tries."""
 
 
 def refused(one: str, other: str) -> bool:
@@ -79,16 +138,17 @@ def refused(one: str, other: str) -> bool:
     return False
 
 
-PAIRS = [f"{one}+{other}" for one in CASES for other in CASES if one != other and not refused(one, other)]
+PAIRS = [f"{one}+{other}" for one, other in combinations(CASES, 2) if not refused(one, other)]
+"""Every pair that a chain allows."""
 
 
-def cases(*, off: bool = False) -> list[Any]:
-    """Every strategy in its worlds, and every pair in one: the commonest quick, the others slow."""
+def cases(*, off: bool = False, pairs: bool = False) -> list[Any]:
+    """Every strategy in its worlds and the quick pairs; where asked, every pair in one world, slow."""
     usable = [name for name, case in CASES.items() if case.off or not off]
     single = [pytest.param((world, name), id=f"{world}-{name}") for name in usable for world in CASES[name].worlds]
     paired = [
         pytest.param((world, pair), id=f"{world}-{pair}", marks=() if pair in QUICK else pytest.mark.slow)
-        for pair in PAIRS
+        for pair in dict.fromkeys([*QUICK, *(PAIRS if pairs else ())])
         if set(pair.split("+")) <= set(usable)
         for world in [w for w in WORLDS if all(w in CASES[name].worlds for name in pair.split("+"))][:1]
     ]
@@ -120,6 +180,7 @@ class World:
     """A tiny model of a family under a method, and the tasks that it learns."""
 
     def __init__(self, name: str, build_llama: Callable[..., nn.Module], tokenizer: Any) -> None:
+        self.name = name
         self.family, self.method = WORLDS[name]
         self.build, self.tokenizer = build_llama, tokenizer
         if isinstance(self.family, RecurrentFamily):
@@ -139,7 +200,8 @@ class World:
     ) -> BoundTask:
         return BoundTask(
             name=name, examples=examples, family=self.family, renderer=Renderer(self.tokenizer), method=self.method,
-            max_length=64, max_tokens=max_tokens, packed=packed and self.family.isolates_documents, precision="fp32",
+            max_length=64, max_tokens=max_tokens, precision="fp32",
+            packed=packed and self.family.isolates_documents and self.method.packs,
             learn=partial(train_helper, config=TrainConfig(learning_rate=1e-2, max_steps=3, precision="fp32")),
         )  # fmt: skip
 
@@ -179,7 +241,8 @@ def names(case: tuple[str, str]) -> Sequence[str]:
 
 
 def weights(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainable(model).values()])
+    """All of them: what a strategy froze is compared, too."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_the_suite_covers_every_strategy() -> None:
@@ -192,26 +255,35 @@ def test_without_a_base_the_first_task_is_plain_fine_tuning(world: World, names:
     plain, model = world.model(), world.model()
     world.train(plain, Strategy(), "first", FIRST)
     result = world.train(model, make(names), "first", FIRST)
-    assert torch.equal(weights(result.model), weights(plain))
-    assert [info.penalty for info in result.history] == [0.0] * 3
+    assert torch.equal(weights(result.model), weights(plain)) == all(CASES[name].plain_first for name in names)
+    assert {info.penalty for info in result.history} == {0.0}
 
 
+@pytest.mark.parametrize("case", cases(pairs=True))
 def test_acts_on_the_second_task(world: World, names: Sequence[str]) -> None:
     """A penalty that is only logged, or rows that are only kept, would leave the weights as they would be without."""
     plain = world.learn(Strategy())
     strategy = make(names)
     model = world.learn(strategy)
+    grows = any(CASES[name].grows for name in names)
     torch.manual_seed(1)
     with torch.no_grad():
-        for one, other in zip(trainable(plain).values(), trainable(model).values(), strict=True):
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True):
             one.copy_(other)
+    learned = list(trainable(model))
     history = world.train(plain, Strategy(), "second", SECOND).history
     result = world.train(model, strategy, "second", SECOND)
-    if set(names) == {"sequential"}:
+    if any(CASES[name].merges for name in names):
+        strategy.after_task(model, world.view("second", SECOND))
+    if set(names) == {"sequential"} or all(world.name in CASES[name].idle for name in names):
         assert torch.equal(weights(model), weights(plain))
         return
-    assert float((weights(model) - weights(plain)).abs().max()) > 1e-3
-    assert any(CASES[name].penalises for name in names) == any(info.penalty > 0 for info in result.history)
+    if grows:
+        assert not trainable(model).keys() & learned
+    else:
+        assert float((weights(model) - weights(plain)).abs().max()) > 1e-3
+    if not grows or len(names) == 1:  # beside new weights, a penalty on old ones rests
+        assert any(CASES[name].penalises for name in names) == any(info.penalty > 0 for info in result.history)
     if any(CASES[name].mixes for name in names):
         assert [info.loss for info in result.history] != [info.loss for info in history]
     if "joint" in names:
@@ -222,7 +294,7 @@ def test_protects_the_base_in_the_first_task(world: World, names: Sequence[str])
     plain = world.learn(Strategy())
     model = world.learn(make(names))
     changed = not torch.equal(weights(model), weights(plain))
-    assert changed == any(CASES[name].of_base for name in names)
+    assert changed == any(CASES[name].of_base and world.name not in CASES[name].idle for name in names)
 
 
 @pytest.mark.parametrize("case", cases(off=True))
@@ -236,7 +308,8 @@ def test_strength_zero_is_sequential(world: World, names: Sequence[str]) -> None
 
 def test_what_is_frozen_never_moves(world: World, names: Sequence[str]) -> None:
     strategy, model = make(names), world.model()
-    next(iter(trainable(model).values())).requires_grad_(False)  # one more than the method froze
+    for parameter in list(trainable(model).values())[1:][:1]:
+        parameter.requires_grad_(False)  # one more than the method froze, where that leaves one to train
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     moving = weights(model)
     strategy.after_task(model, world.view("base", BASE))
@@ -259,6 +332,7 @@ def crash(info: StepInfo) -> None:
         raise Interrupted
 
 
+@pytest.mark.parametrize("case", cases(pairs=True))
 def test_goes_on_from_the_middle_of_a_task_bit_for_bit(world: World, names: Sequence[str], tmp_path: Path) -> None:
     strategy = make(names)
     model = world.learn(strategy)
@@ -310,12 +384,10 @@ def test_batching_changes_nothing(
 ) -> None:
     # Padded rows are grouped by length on purpose, so the steps are made the same here; dropout draws for each pass.
     monkeypatch.setattr("retain.trainer.schedule", lambda n, **_: [list(range(n))[i : i + 4] for i in range(0, n, 4)])
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda hidden, *_, **__: hidden)
     results: list[Tensor] = []
     for options in ({}, changed):
         strategy, model = make(names), world.model()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         strategy.after_task(model, world.view("base", BASE, **options))
         for name, examples in (("first", FIRST), ("second", SECOND)):
             world.train(model, strategy, name, examples, view=options, adam_epsilon=1e-4)

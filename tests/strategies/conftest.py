@@ -27,8 +27,13 @@ class ToyOutputs:
 class NoMethod:
     """Everything moves, and the base cannot be had back."""
 
+    can_detach = False
+
     def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         return nullcontext(model)
+
+    def low_rank(self, model: nn.Module) -> Sequence[Any]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class ToyTask:
         nats = F.cross_entropy(outputs.logits(), batch.targets[batch.counted], reduction="none")
         return (nats * batch.weights).sum()
 
+    def embed(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(self.inputs[row.id]).mean(dim=0) for row in examples]).float()
+
     def generate(self, model: nn.Module, prompts: Sequence[Example], *, max_new_tokens: int) -> list[str]:
         raise NotImplementedError
 
@@ -100,6 +109,18 @@ def make_toy_task(
     return ToyTask(name, examples, inputs, targets, **options)
 
 
+def make_learnable_task(name: str, seed: int) -> ToyTask:
+    """Labels that a linear rule gives, a different one for each task, on features of its own."""
+    task = make_toy_task(name, num=200, width=12, classes=4, data_seed=seed, batch_size=200)
+    torch.manual_seed(seed)
+    rule, used = torch.randn(12, 4).double(), torch.zeros(12).double()
+    used[torch.randperm(12)[:6]] = 1.0
+    for example in task.examples:
+        task.inputs[example.id] *= used
+        task.targets[example.id] = (task.inputs[example.id] @ rule).argmax(-1)
+    return task
+
+
 def make_text_task(name: str, sizes: Sequence[int], *, seed: int = 0, start: int = 0) -> ToyTask:
     """Rows that have nothing but an id and a number of tokens."""
     examples = tuple(
@@ -111,6 +132,11 @@ def make_text_task(name: str, sizes: Sequence[int], *, seed: int = 0, start: int
 @pytest.fixture
 def toy_task() -> Callable[..., ToyTask]:
     return make_toy_task
+
+
+@pytest.fixture
+def learnable_task() -> Callable[..., ToyTask]:
+    return make_learnable_task
 
 
 @pytest.fixture

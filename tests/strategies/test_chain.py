@@ -98,6 +98,25 @@ def test_who_moves_weights_comes_before_who_watches(chain: Chain, calls: list[st
     assert calls == ["c after_step 0.5", "a after_step 0.5", "b after_step 0.5", "d after_step 0.5"]
 
 
+def test_a_copy_of_the_network_and_one_that_grows_are_refused(calls: list[str]) -> None:
+    class Growing(Noted):
+        grows: ClassVar[bool] = True
+
+    class Copying(Noted):
+        copies_network: ClassVar[bool] = True
+
+    with pytest.raises(CompatibilityError, match="keeps a second network"):
+        Chain(Growing("a", calls), Copying("b", calls))
+
+
+def test_who_merges_comes_before_who_consolidates_on_it(calls: list[str], toy_task: Task) -> None:
+    class Merging(Noted):
+        merges: ClassVar[bool] = True
+
+    Chain(Noted("a", calls), Merging("b", calls), Noted("c", calls)).after_task(nn.Identity(), toy_task())
+    assert [call[0] for call in calls] == list("bac")
+
+
 def test_everything_else_goes_in_the_order_of_the_list(chain: Chain, calls: list[str], toy_task: Task) -> None:
     model = nn.Identity()
     changed = chain.before_task(model, toy_task())
@@ -199,3 +218,33 @@ def test_replay_and_ewc_each_do_their_part(toy_task: Task) -> None:
     assert torch.equal(chain.add_penalty(model), ewc.add_penalty(model))
     assert len(chain.strategies) == 2
     assert repr(chain) == f"Chain({replay!r}, {ewc!r})"
+
+
+def test_notes_are_those_of_each(calls: list[str]) -> None:
+    class Telling(Noted):
+        @property
+        def notes(self) -> Sequence[str]:
+            return [f"{self.label} wrote 3 rows"]
+
+    assert Chain(Telling("a", calls), Sequential(), Telling("b", calls)).notes == ["a wrote 3 rows", "b wrote 3 rows"]
+
+
+def test_those_that_add_weights_come_first() -> None:
+    seen: list[str] = []
+
+    class Grows(Strategy):
+        name, grows = "grows", True
+
+        def before_task(self, model: nn.Module, task: Any) -> nn.Module:
+            seen.append("grows")
+            return model
+
+    class Freezes(Strategy):
+        name = "freezes"
+
+        def before_task(self, model: nn.Module, task: Any) -> nn.Module:
+            seen.append("freezes")
+            return model
+
+    Chain(Freezes(), Grows()).before_task(nn.Linear(1, 1), None)  # pyright: ignore[reportArgumentType]
+    assert seen == ["grows", "freezes"]

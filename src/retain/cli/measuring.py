@@ -89,6 +89,7 @@ def compare(
 def chat(
     target: Target,
     stage: Stage = None,
+    task: Annotated[str, typer.Option(help="whose column answers, where each task has one; else it is inferred")] = "",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and stop")] = None,
     system: Annotated[str | None, typer.Option(help="the system's turn")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
@@ -111,7 +112,7 @@ def chat(
         if not said.strip():
             return
         messages.append(Message("user", said))
-        text = answer(model, messages, temperature=temperature, max_new_tokens=max_new_tokens)
+        text = answer(model, messages, task=task, temperature=temperature, max_new_tokens=max_new_tokens)
         messages.append(Message("assistant", text))
         out.print(text, soft_wrap=True)
         if prompt is not None:

@@ -149,6 +149,11 @@ def check_compatibility(config: RunConfig, family: Family) -> None:
     if config.strategy.needs_gradients and not family.needs_gradients:
         needing = [name_of(type(link), STRATEGIES) for link in links(config.strategy) if link.needs_gradients]
         problems.append(f"$.strategy: {', '.join(needing)}: works on gradients, and family {family.name!r} has none")
+    problems += [
+        f"$.strategy: {name_of(type(link), STRATEGIES)}: {reason}"
+        for link in links(config.strategy)
+        if (reason := link.supports(config.method))
+    ]
     if config.train.gradient_checkpointing and not family.isolates_documents:
         problems.append(
             f"$.train.gradient_checkpointing: a model of family {family.name!r} cannot compute a part again"

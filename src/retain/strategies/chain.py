@@ -1,9 +1,10 @@
 """Several strategies as one, in an order that is defined and not luck.
 
-    before_task, mix_examples, after_task, select   in the order of the list, each given what the one before it made
+    mix_examples, select                            in the order of the list, each given what the one before it made
+    before_task                                     those that add weights, then the others
     loss_term, add_penalty                          summed
     edit_gradients                                  those that watch gradients, then those that change them
-    after_step                                      those that move weights, then those that watch
+    after_step, after_task                          those that move weights, then those that watch
 
 Two that move the same weights are refused.
 """
@@ -85,7 +86,8 @@ class Chain(Strategy):
         strategies: in the order of the list; a chain among them counts as its parts.
 
     Raises:
-        CompatibilityError: if two of them move the same weights after a step, or one stands alone.
+        CompatibilityError: if two of them move the same weights after a step, one stands alone, or one copies the
+            network that another grows.
     """
 
     name: ClassVar[str] = "chain"
@@ -106,6 +108,13 @@ class Chain(Strategy):
         if len(movers) > 1:
             raise CompatibilityError(
                 f"{' and '.join(movers)} both move the weights after each step, so one would undo the other",
+                hint="keep one of them",
+            )
+        growing = [repr(strategy.name) for strategy in self.strategies if strategy.grows]
+        copying = [repr(strategy.name) for strategy in self.strategies if strategy.copies_network]
+        if growing and copying:
+            raise CompatibilityError(
+                f"{copying[0]} keeps a second network of the model's shape, and {growing[0]} changes that shape",
                 hint="keep one of them",
             )
 
@@ -132,9 +141,24 @@ class Chain(Strategy):
         """The largest of theirs."""
         return max((strategy.steps_factor for strategy in self.strategies), default=1.0)
 
-    def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
-        """Each changes what the one before it made."""
+    @property
+    def notes(self) -> Sequence[str]:
+        """Those of each."""
+        return [note for strategy in self.strategies for note in strategy.notes]
+
+    def supports(self, method: TaskMethod) -> str | None:
+        """The first reason that one of them has."""
+        reasons = [(strategy.name, strategy.supports(method)) for strategy in self.strategies]
+        return next((f"{name}: {reason}" for name, reason in reasons if reason), None)
+
+    def bind(self, method: TaskMethod, *, learned: Sequence[str] = ()) -> None:
+        """Each takes the method."""
         for strategy in self.strategies:
+            strategy.bind(method, learned=learned)
+
+    def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
+        """Each changes what the one before it made, those that add weights first."""
+        for strategy in sorted(self.strategies, key=lambda strategy: not strategy.grows):
             model = strategy.before_task(model, task)
         return model
 
@@ -164,8 +188,8 @@ class Chain(Strategy):
             strategy.after_step(model, learning_rate)
 
     def after_task(self, model: nn.Module, task: TaskView) -> None:
-        """Each consolidates."""
-        for strategy in self.strategies:
+        """Those that move weights, then those that consolidate on them."""
+        for strategy in sorted(self.strategies, key=lambda strategy: not strategy.merges):
             strategy.after_task(model, task)
 
     def select(self, model: nn.Module, task_name: str) -> nn.Module:
@@ -173,6 +197,11 @@ class Chain(Strategy):
         for strategy in self.strategies:
             model = strategy.select(model, task_name)
         return model
+
+    def infer_tasks(self, model: nn.Module, task: TaskView, examples: Sequence[Example]) -> list[str]:
+        """The names that the first one finds which needs them."""
+        needing = [strategy for strategy in self.strategies if strategy.needs_task_name]
+        return (needing[0] if needing else Strategy()).infer_tasks(model, task, examples)
 
     def state_dict(self) -> State:
         """Their states, as `0.replay/memory`."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from retain.kernels.low_rank import LowRank
 from retain.types import Batch, Example, Sampling
 
 __all__ = ["ModelOutputs", "State", "Strategy", "TaskMethod", "TaskView"]
@@ -32,10 +33,31 @@ class ModelOutputs(Protocol):
 
 
 class TaskMethod(Protocol):
-    """The structural operations of the tuning method, as far as strategies use them."""
+    """The structural operations of the tuning method, as far as strategies use them (`methods.method.Method`)."""
+
+    # As methods declare them: to a type checker, a property here would be another kind of member.
+    name: ClassVar[str]
+    can_detach: ClassVar[bool]  # is the base's own behaviour still there, without a second model?
+    can_extend: ClassVar[bool]  # may there be several modules beside the frozen base?
 
     def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The base model's own behaviour while inside."""
+        ...
+
+    def modules(self, model: nn.Module) -> list[str]:
+        """The names of the modules that the method put beside the base, oldest first."""
+        ...
+
+    def extend(self, model: nn.Module, name: str) -> nn.Module:
+        """Add a module that reads, or is added to, those that are active; it becomes active, and only it is trained."""
+        ...
+
+    def activate(self, model: nn.Module, names: Sequence[str]) -> nn.Module:
+        """Let exactly these modules take part, the last one answering; none: the base's own behaviour."""
+        ...
+
+    def low_rank(self, model: nn.Module) -> Sequence[LowRank]:
+        """The changes of frozen weights that are trained as products of two factors; empty where there are none."""
         ...
 
 
@@ -117,6 +139,14 @@ class Strategy:
     """Does `after_task` keep anything? Where it does not, nothing is written for stage 0."""
     moves_weights: ClassVar[bool] = False
     """`after_step` moves weights (projection, proximal steps). In a `Chain` those come before those that watch."""
+    grows: ClassVar[bool] = False
+    """`before_task` adds new weights. In a `Chain` those come first, so that the others see the model as it will be."""
+    merges: ClassVar[bool] = False
+    """`after_task` moves weights (averaging). In a `Chain` those come first, and the others keep what stays."""
+    copies_network: ClassVar[bool] = False
+    """It keeps a second network of the model's shape, so a `Chain` refuses it beside one that grows the model."""
+    reads_text: ClassVar[bool] = False
+    """It writes rows like those that it reads, so it needs them as conversations or text, not as token ids."""
     stands_alone: ClassVar[bool] = False
     """It replaces the training that others protect, so a `Chain` refuses it."""
 
@@ -124,6 +154,23 @@ class Strategy:
     def steps_factor(self) -> float:
         """How many tasks' worth of optimizer steps the next task's mixture stands for."""
         return 1.0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of how the latest task was protected, one sentence each; kept with the stage."""
+        return ()
+
+    def supports(self, method: TaskMethod) -> str | None:
+        """Why the strategy cannot work with the tuning method, or None."""
+        return None
+
+    def bind(self, method: TaskMethod, *, learned: Sequence[str] = ()) -> None:
+        """Take the tuning method, by which `select` switches modules; called before anything else.
+
+        Args:
+            method: of the model.
+            learned: the tasks that the model has learned, by whatever strategy.
+        """
 
     def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
         """Change the architecture or the starting point; the optimizer is made afterwards."""
@@ -151,8 +198,18 @@ class Strategy:
         """Consolidate: Fisher, memory, teacher. Called for the base model first, as the task `base`."""
 
     def select(self, model: nn.Module, task_name: str) -> nn.Module:
-        """The model that answers for a task."""
+        """The model that answers for a task; for a name that was never learned, as `base`: the base model's part."""
         return model
+
+    def infer_tasks(self, model: nn.Module, task: TaskView, examples: Sequence[Example]) -> list[str]:
+        """The learned task that each prompt most likely is of, where `needs_task_name`; else no names.
+
+        Args:
+            model: the model after the last task; which of its modules are active afterwards is open.
+            task: any view of the run: only its passes are used.
+            examples: whose prompts are read; their answers are not.
+        """
+        return [""] * len(examples)
 
     def state_dict(self) -> State:
         """All of the memory; what `restore` needs to go on bit for bit, also in the middle of a task."""
