@@ -3,7 +3,8 @@
     python benchmarks/probe_correlation.py LINEAGE... --sets lambada=FILE arc=FILE mmlu=FILE [--limit N] [--probes N]
 
 Every stage of the lineages is scored on the probes and on the sets (JSONL with prompt, completion and, for choices,
-`choices` and `answer`), on the same examples, and compared with the base model's scores.
+`choices` and `answer`), on the same examples, and compared with the base model's scores. With `--cache FILE` a
+checkpoint is scored once; the file holds every probe's margin, which tells which probes do not follow.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import numpy as np
 from retain import distributed
 from retain.data.rendering import Renderer
 from retain.evaluation.probes import balanced, load_probes, score_probes
-from retain.evaluation.scoring import choice_margin
 from retain.inference import Answering, load_stage
 from retain.lineage import Lineage
 
@@ -36,7 +36,12 @@ def continuation(renderer: Renderer, context: list[int], prompt: str, text: str)
 
 
 def score(target: Answering, rows: list[dict[str, object]]) -> float:
-    """The mean margin of choices, or the mean log-likelihood of the completion where there are none, nats."""
+    """The mean margin of choices, nats a byte, or the mean log-likelihood of the completion where there are none, nats.
+
+    A choice's margin is how much likelier a byte of the right one is than of the best other: above 0 where `acc_norm`,
+    these sets' usual figure, counts it right. Without the division a model that was tuned on short answers seems to
+    lose everything that has a long one.
+    """
     pairs, sizes = [], []
     for row in rows:
         prompt = str(row["prompt"]) + ("\nAnswer:" if row.get("choices") else "")
@@ -48,8 +53,12 @@ def score(target: Answering, rows: list[dict[str, object]]) -> float:
     figures, at = [], 0
     for row, size in zip(rows, sizes, strict=True):
         part, at = values[at : at + size], at + size
-        right = row["completion"]
-        figures.append(choice_margin(part, [c == right for c in row["choices"]]) if size > 1 else part[0])
+        if size == 1:
+            figures.append(part[0])
+            continue
+        rates = [value / len(f" {choice}".encode()) for value, choice in zip(part, row["choices"], strict=True)]
+        right = row["choices"].index(row["completion"])
+        figures.append(rates[right] - max(rates[:right] + rates[right + 1 :]))
     return float(np.mean(figures))
 
 
@@ -60,28 +69,37 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--limit", type=int, default=150, help="rows of each set")
     parser.add_argument("--probes", type=int, default=464, help="probes, balanced over abilities")
+    parser.add_argument("--cache", type=Path, help="a JSONL file of what was scored before")
     arguments = parser.parse_args()
     sets = {
         name: read(Path(path), arguments.limit) for name, _, path in (entry.partition("=") for entry in arguments.sets)
     }
     probes = balanced(load_probes(), arguments.probes, seed=0)
     abilities = sorted({probe.ability for probe in probes})
+    cache = arguments.cache
+    lines = cache.read_text(encoding="utf-8").splitlines() if cache and cache.exists() else []
+    known = {row["checkpoint"]: row for row in map(json.loads, lines)}
     rows: list[tuple[str, dict[str, float]]] = []
     for place, path in enumerate(arguments.lineages):
         lineage = Lineage.open(path)
         for stage in lineage.log()[0 if place == 0 else 1 :]:
-            target, _ = load_stage(lineage, stage.index)
-            with distributed.autocast(distributed.resolve_precision("auto")):
-                answers = score_probes(target.model, target.family, target.renderer, probes)
-                public = {name: score(target, examples) for name, examples in sets.items()}
-            margins = {
-                a: [x.margin for x in answers if x.suite == f"probe:{a}" and x.margin is not None] for a in abilities
-            }
-            figures = {ability: float(np.mean(values)) for ability, values in margins.items()}
-            figures["probes"] = float(np.mean([value for values in margins.values() for value in values]))
-            figures |= public
-            rows.append((f"{path.name} {stage.index} {stage.name}", figures))
-            print(rows[-1][0], {name: round(value, 3) for name, value in figures.items()}, flush=True)
+            label = f"{path.name} {stage.index} {stage.name}"
+            if label not in known:
+                target, _ = load_stage(lineage, stage.index)
+                with distributed.autocast(distributed.resolve_precision("auto")):
+                    answers = score_probes(target.model, target.family, target.renderer, probes)
+                    public = {name: score(target, examples) for name, examples in sets.items()}
+                known[label] = {"checkpoint": label, "margins": {x.id: x.margin for x in answers}, "sets": public}
+                if cache:
+                    with cache.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(known[label]) + "\n")
+            margins = known[label]["margins"]
+            by_ability = {a: [margins[probe.id] for probe in probes if probe.ability == a] for a in abilities}
+            figures = {ability: float(np.mean(values)) for ability, values in by_ability.items()}
+            figures["probes"] = float(np.mean([margins[probe.id] for probe in probes]))
+            figures |= known[label]["sets"]
+            rows.append((label, figures))
+            print(label, {name: round(value, 3) for name, value in figures.items()}, flush=True)
     names = ["probes", *abilities]
     base = rows[0][1]
     change = {name: np.array([figures[name] - base[name] for _, figures in rows[1:]]) for name in (*names, *sets)}
