@@ -261,7 +261,7 @@ def test_what_cannot_be_protected_is_refused(make: Maker) -> None:
     assert "'joint'" in str(caught.value.problems)
     with pytest.raises(CompatibilityError) as caught:
         protect(make(FIRST), Chain(Replay(), LAMOL()))
-    assert caught.value.problems == ["'lamol' reads and writes rows as text, and a Trainer's rows are token ids"]
+    assert "'lamol' reads and writes rows as text" in str(caught.value.problems)
     trained = make(FIRST)
     trained.train()
     with pytest.raises(CompatibilityError) as caught:
