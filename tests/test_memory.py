@@ -38,7 +38,7 @@ def taken(strategy: Strategy, lineage: Lineage) -> list[str]:
 
 
 def rows(strategy: Replay) -> set[str]:
-    return {row.task for row in strategy.memory}
+    return {row.task for row in strategy.memory.rows}
 
 
 @pytest.mark.parametrize("kept", [REPLAY, [REPLAY]], ids=["alone", "chain-of-one"])
