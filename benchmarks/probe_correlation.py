@@ -110,13 +110,16 @@ def main() -> None:
     change = {name: np.array([figures[name] - base[name] for _, figures in rows[1:]]) for name in (*names, *sets)}
     lines = [
         "# Probes against public sets", "",
-        f"Change from the base model, in nats (choices of the sets: nats a byte), {len(probes)} probes, {arguments.limit} rows a set.", "",
+        f"Change from the base model, in nats (choices of the sets: nats a byte), "
+        f"{len(probes)} probes, {arguments.limit} rows a set.", "",
         "| checkpoint | probes | " + " | ".join(sets) + " |", "|---|" + "--:|" * (1 + len(sets)),
     ]  # fmt: skip
     for k, (label, _) in enumerate(rows[1:]):
         lines.append(f"| {label} | " + " | ".join(f"{change[name][k]:+.3f}" for name in ("probes", *sets)) + " |")
-    lines += ["", f"Pearson correlation of the changes over {len(rows) - 1} checkpoints; last, of their ranks.", "",
-              "| probes | " + " | ".join(sets) + " | their mean | its ranks |", "|---|" + "--:|" * (2 + len(sets))]  # fmt: skip
+    lines += [
+        "", f"Pearson correlation of the changes over {len(rows) - 1} checkpoints; last, of their ranks.", "",
+        "| probes | " + " | ".join(sets) + " | their mean | its ranks |", "|---|" + "--:|" * (2 + len(sets)),
+    ]  # fmt: skip
     together = np.mean([change[name] / change[name].std() for name in sets], axis=0)  # their units differ
     for name in names:
         figures = [np.corrcoef(change[name], other)[0, 1] for other in (*(change[s] for s in sets), together)]
