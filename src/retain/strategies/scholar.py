@@ -139,8 +139,10 @@ class Scholar(Strategy):
         if saved:
             self._begin(model)
             assert self.generator is not None
-            for name, parameter in trainable(self.generator).items():
-                parameter.copy_(saved[name])
+            for name, parameter in self.generator.named_parameters():
+                parameter.requires_grad_(name in saved)  # whatever of the solver was frozen since
+                if name in saved:
+                    parameter.copy_(saved[name])
         return model
 
     def _begin(self, model: nn.Module) -> None:
