@@ -22,7 +22,6 @@ STRATEGIES: dict[str, dict[str, object]] = {
     "sequential": {"name": "sequential"},
     "replay 0.25": {"name": "replay", "ratio": 0.25},
     "ewc 1": {"name": "ewc", "strength": 1.0, "num_samples": 64},
-    "ewc 10": {"name": "ewc", "strength": 10.0, "num_samples": 64},
 }
 """Each with the text that the base model writes by itself (`protect_base: self`)."""
 

@@ -135,21 +135,17 @@ class Scholar(Strategy):
         self.shapes, self.longest, self.learned = state["shapes"], state["longest"], state["learned"]
         self.base, self.rows, self.told = list(state["base"]), list(state["rows"]), state["told"]
         saved = {key.removeprefix("generator/"): value for key, value in state.items() if key.startswith("generator/")}
-        self.generator = None
-        if saved:
-            self._begin(model)
-            assert self.generator is not None
-            for name, parameter in self.generator.named_parameters():
-                parameter.requires_grad_(name in saved)  # whatever of the solver was frozen since
-                if name in saved:
-                    parameter.copy_(saved[name])
+        self.generator = copied_network(model) if saved else None
+        for name, parameter in self.generator.named_parameters() if self.generator else ():
+            parameter.requires_grad_(name in saved)  # whatever of the solver was frozen since
+            if name in saved:
+                parameter.copy_(saved[name])
         return model
 
     def _begin(self, model: nn.Module) -> None:
         """The generator begins as a copy of the base model."""
         if self.generator is None and self.real_share != 1:
-            self.generator = deepcopy(model).eval()
-            self.generator.zero_grad()
+            self.generator = copied_network(model)
 
     def _drawn(self, task: TaskView, wanted: int) -> tuple[list[Example], Yield]:
         """Rows of the base model."""
@@ -189,3 +185,10 @@ def request(text: str) -> Example:
     return Example(
         id="", messages=(Message("user", "Write an example."), Message("assistant", text)), source="generated"
     )
+
+
+def copied_network(model: nn.Module) -> nn.Module:
+    """A second network with the same weights, in evaluation mode, without gradients."""
+    copy = deepcopy(model).eval()
+    copy.zero_grad()
+    return copy
