@@ -93,6 +93,14 @@ def test_a_target_that_is_not_there_is_refused_with_what_is(llama: torch.nn.Modu
         LoRA(target_modules=("query",)).apply(llama)
 
 
+@pytest.mark.parametrize("target", [("lm_head",), ("q_proj", "embed_tokens"), r".*embed_tokens"])
+def test_one_end_of_a_shared_weight_is_refused(build_llama: Callable[..., torch.nn.Module], target: object) -> None:
+    with pytest.raises(CompatibilityError, match="shares its weight"):
+        LoRA(r=2, target_modules=target).apply(build_llama(tied=True))
+    assert trainable(LoRA(r=2, target_modules=target).apply(build_llama(tied=False)))
+    assert trainable(LoRA(r=2, target_modules=("q_proj",)).apply(build_llama(tied=True)))
+
+
 def test_bad_values() -> None:
     with pytest.raises(ValueError, match="r: expected"):
         LoRA(r=0)

@@ -1,6 +1,7 @@
 """Low-rank adaptation: frozen weights, each with a trained low-rank change beside it."""
 
 import json
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class LoRA:
 
         Raises:
             ConfigError: if no module has one of the target names.
+            CompatibilityError: if it would adapt one of two modules that share a weight.
         """
+        self._refuse_shared(model)
         try:
             return get_peft_model(model, self._config())
         except ValueError as error:
@@ -81,6 +84,22 @@ class LoRA:
                 problems=[f"its linear layers are: {', '.join(linear) or 'none'}", str(error).splitlines()[0]],
                 hint="name some of these, or `all-linear`",
             ) from error
+
+    def _refuse_shared(self, model: nn.Module) -> None:
+        """An adapter beside the embeddings changes the head too when it is merged, where they share their weight."""
+        ends = [module.weight for module in (pretrained(model).get_input_embeddings(), _head(model)) if module]
+        if len(ends) < 2 or ends[0] is not ends[1] or self.target_modules == "all-linear":
+            return
+        wanted = self.target_modules
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            module = name.removesuffix(".weight")
+            hit = re.fullmatch(wanted, module) if isinstance(wanted, str) else module.split(".")[-1] in wanted
+            if parameter is ends[0] and hit:
+                raise CompatibilityError(
+                    f"method.target_modules: {module!r} shares its weight with the other end of the model",
+                    problems=["merged, the adapter would change both, so the merged model would answer otherwise"],
+                    hint="adapt the layers in between (`all-linear`)",
+                )
 
     def _config(self) -> LoraConfig:
         """One pair's, as PEFT says it."""
@@ -177,6 +196,11 @@ class LoRA:
                 parts: list[Tensor] = [layer.get_delta_weight(pair) for pair in module.active_adapters]
                 changes[f"{name}.weight"] = sum(parts[1:], start=parts[0])
         return changes
+
+
+def _head(model: nn.Module) -> Any:
+    """The module that makes logits; None where the model has none of `transformers`'."""
+    return pretrained(model).get_output_embeddings()
 
 
 def _layers(model: nn.Module) -> list[LoraLayer]:
