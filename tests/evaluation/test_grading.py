@@ -138,3 +138,11 @@ def test_json_flaw():
     assert g.json_flaw('{"a": 1}') is None
     assert "not JSON" in (g.json_flaw("{a: 1}") or "")
     assert "not JSON" in (g.json_flaw("[NaN]") or "")
+
+
+@pytest.mark.parametrize("corpus", [g.corpus_bleu, g.corpus_chrf])
+def test_corpus_figures_are_plain_numbers(corpus):
+    """sacrebleu's confidence is numpy's float32 where resamples differ; a lineage is JSON."""
+    found = corpus(["the cat sat", "a dog", "the red fox ran"], [["the cat sat"], ["a small dog"], ["a fox runs"]])
+    assert found.low < found.mean < found.high
+    assert {type(number) for number in (found.mean, found.low, found.high)} == {float}

@@ -160,7 +160,8 @@ def _corpus(scorer: BLEU | CHRF, answers: Sequence[str], references: Sequence[Se
     most = max(map(len, references))
     streams = [[_composed(row[k]) if k < len(row) else None for row in references] for k in range(most)]
     found = scorer.corpus_score(list(map(_composed, answers)), streams, n_bootstrap=1000)  # type: ignore[arg-type]
-    value, half = min(1.0, found.score / 100), found._ci / 100  # pyright: ignore[reportPrivateUsage]
+    half = float(found._ci) / 100  # pyright: ignore[reportPrivateUsage]  numpy's float32, which JSON cannot hold
+    value = min(1.0, float(found.score) / 100)
     if half < 1e-9:  # no resample differed: what the number of sentences leaves open
         same = interval([value] * len(answers))
         return Interval(value, same.low, same.high, len(answers))
