@@ -12,11 +12,10 @@ from typing import Any
 from torch import nn
 
 from retain.config.names import name_of
-from retain.config.run_config import links
 from retain.storage.documents import read_json
 from retain.storage.state import load_state
 from retain.strategies import STRATEGIES
-from retain.strategies.chain import Chain
+from retain.strategies.chain import Chain, links
 from retain.strategies.strategy import State, Strategy
 
 __all__ = ["take_memory"]

@@ -26,7 +26,7 @@ from retain.data.self_text import write_self_text
 from retain.errors import CompatibilityError
 from retain.parameters import trainable
 from retain.storage.state import load_state, save_state
-from retain.strategies.chain import Chain
+from retain.strategies.chain import links
 from retain.strategies.strategy import Strategy, TaskMethod
 from retain.trainer_task import TrainerMethod, TrainerTask, example_of
 from retain.types import Example
@@ -228,12 +228,7 @@ class Protection(TrainerCallback):
 
 def has_loss_term(strategy: Strategy) -> bool:
     """Does it, or one of a chain, look at outputs?"""
-    return any(type(link).loss_term is not Strategy.loss_term for link in links_of(strategy))
-
-
-def links_of(strategy: Strategy) -> Sequence[Strategy]:
-    """The strategies of a chain, or the one strategy."""
-    return strategy.strategies if isinstance(strategy, Chain) else (strategy,)
+    return any(type(link).loss_term is not Strategy.loss_term for link in links(strategy))
 
 
 def refuse(trainer: Trainer, strategy: Strategy, method: TaskMethod) -> None:
@@ -243,14 +238,13 @@ def refuse(trainer: Trainer, strategy: Strategy, method: TaskMethod) -> None:
         CompatibilityError: with the reason.
     """
     problems: list[str] = []
-    links = links_of(strategy)
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         problems.append("the Trainer has no training data of a known length")
     if strategy.needs_task_name or strategy.stands_alone:
         problems.append(f"{strategy.name!r} changes the model or the training from task to task")
     problems += [
         f"{link.name!r} reads and writes rows as text, and a Trainer's rows are token ids"
-        for link in links
+        for link in links(strategy)
         if link.reads_text
     ]
     if reason := strategy.supports(method):

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from retain.config.run_config import Budget, ModelConfig, RunConfig, check_compatibility, dump_config, links, to_tree
+from retain.config.run_config import Budget, ModelConfig, RunConfig, check_compatibility, dump_config, to_tree
 from retain.data.tasks import TaskConfig
 from retain.errors import CompatibilityError
 from retain.methods.full import Full
 from retain.methods.lora import LoRA
 from retain.models import FAMILIES
-from retain.strategies.chain import Chain
+from retain.strategies.chain import Chain, links
 from retain.strategies.ewc import EWC
 from retain.strategies.replay import Replay
 from retain.train_config import TrainConfig

@@ -15,11 +15,11 @@ from retain.methods.method import Method
 from retain.models import FAMILIES
 from retain.models.family import Family
 from retain.strategies import STRATEGIES
-from retain.strategies.chain import Chain
+from retain.strategies.chain import Chain, links
 from retain.strategies.strategy import Strategy
 from retain.train_config import TrainConfig
 
-__all__ = ["Budget", "ModelConfig", "RunConfig", "check_compatibility", "dump_config", "links", "to_tree"]
+__all__ = ["Budget", "ModelConfig", "RunConfig", "check_compatibility", "dump_config", "to_tree"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,6 @@ class RunConfig:
     def strategy_name(self) -> str:
         """As in a recipe; those of a chain joined by ` + `."""
         return " + ".join(name_of(type(strategy), STRATEGIES) for strategy in links(self.strategy))
-
-
-def links(strategy: Strategy) -> tuple[Strategy, ...]:
-    """The strategies of a chain, or the one strategy."""
-    return strategy.strategies if isinstance(strategy, Chain) else (strategy,)
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from retain.errors import CompatibilityError
 from retain.strategies.strategy import ModelOutputs, State, Strategy, TaskMethod, TaskView
 from retain.types import Batch, Example, Sampling
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "links"]
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,11 @@ class Chain(Strategy):
 
     def _prefixed(self) -> list[tuple[str, Strategy]]:
         return [(f"{index}.{strategy.name}/", strategy) for index, strategy in enumerate(self.strategies)]
+
+
+def links(strategy: Strategy) -> tuple[Strategy, ...]:
+    """The strategies of a chain, or the one strategy."""
+    return strategy.strategies if isinstance(strategy, Chain) else (strategy,)
 
 
 def _sum(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from retain.parameters import trainable
+from retain.parameters import copied, put_back
 from retain.strategies.strategy import State, Strategy, TaskView
 from retain.types import Example
 
@@ -40,16 +39,11 @@ class Joint(Strategy):
         """The tasks of the next union."""
         return 1.0 + len(self.tasks)
 
-    @torch.no_grad()
     def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
         """Put the base model's weights back; rows that the model has grown since keep their values."""
-        parameters = trainable(model)
         if not self.start:
-            self._keep(model)
-        for name, start in self.start.items():
-            if name in parameters:
-                target = parameters[name]
-                (target if target.shape == start.shape else target[: len(start)]).copy_(start)
+            self.start = copied(model)
+        put_back(model, self.start)
         return model
 
     def mix_examples(self, task: TaskView, epoch: int) -> Sequence[Example]:
@@ -59,7 +53,7 @@ class Joint(Strategy):
     def after_task(self, model: nn.Module, task: TaskView) -> None:
         """Keep the task's rows; of the base model, its weights."""
         if task.name == "base":
-            self._keep(model)
+            self.start = copied(model)
             return
         self.tasks.append(task.name)
         self.rows += [replace(example, source="replay") for example in task.examples]
@@ -74,6 +68,3 @@ class Joint(Strategy):
         self.tasks, self.rows = list(state["tasks"]), list(state["rows"])
         self.start = {key.removeprefix("start/"): value for key, value in state.items() if key.startswith("start/")}
         return model
-
-    def _keep(self, model: nn.Module) -> None:
-        self.start = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
