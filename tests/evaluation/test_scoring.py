@@ -12,6 +12,7 @@ from retain.data.rendering import Renderer
 from retain.errors import ConfigError, DataError
 from retain.evaluation.forgetting import LOWER_IS_BETTER
 from retain.evaluation.scoring import METRICS, choice_margin, find_metric, score_task
+from retain.models.causal import choose_by_answer
 from retain.models.decoder import DecoderFamily
 from retain.types import Example, Message, Task
 
@@ -39,6 +40,9 @@ class WrittenFamily:
     def loglikelihood(self, model, tokenizer, pairs) -> list[float]:
         self.calls.append(len(pairs))
         return [self.nats[self.text(rest).removesuffix("<|im_end|>")] for _, rest in pairs]
+
+    def choose(self, model, renderer, rows) -> list[list[float]]:
+        return choose_by_answer(self, model, renderer, rows)
 
 
 @pytest.fixture(scope="module")

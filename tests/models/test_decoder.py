@@ -181,3 +181,38 @@ def test_samples_follow_the_seed(llama: nn.Module, tokenizer: Any) -> None:
 def test_a_decoder_is_not_fitted_by_counting(llama: nn.Module) -> None:
     with pytest.raises(CompatibilityError, match="counting"):
         FAMILY.fit(llama, [], None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text", "mistral"])
+def test_a_model_made_from_nothing_comes_back_from_its_folder(architecture: str, tmp_path: Path) -> None:
+    family = DecoderFamily(
+        architecture=architecture, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=300,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    rows = [Example(id="1", text="To be or not to be, that is the question."), Example(id="2", text="Is it?")]
+    state = torch.get_rng_state()
+    model, tokenizer = family.create(rows, seed=3)
+    same, other = family.create(rows, seed=3)[0], family.create(rows, seed=4)[0]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, model.state_dict().values(), same.state_dict().values()))
+    assert not all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.num_attention_heads) == (32, 2, 2)
+    assert len(tokenizer) == model.config.vocab_size <= 300
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, read = DecoderFamily().load(tmp_path)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    assert read(rows[0].text).input_ids == tokenizer(rows[0].text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "lama"), ("hidden_size", 10), ("num_hidden_layers", 0), ("vocab_size", 257),
+        ("max_position_embeddings", 0),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: expected .*, got {value!r}"):
+        DecoderFamily(**{field: value})

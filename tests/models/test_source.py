@@ -70,10 +70,17 @@ def test_a_model_from_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [None, DecoderFamily()])
-def test_a_transformer_does_not_start_from_nothing(family: Any) -> None:
-    with pytest.raises(ModelError, match="no name is given") as caught:
+def test_a_model_without_a_name_needs_an_architecture(family: Any) -> None:
+    with pytest.raises(ModelError, match="neither a name is given") as caught:
         open_source("", family)
-    assert "recurrent" in caught.value.hint
+    assert "architecture" in caught.value.hint
+
+
+def test_a_decoder_starts_from_nothing() -> None:
+    family = DecoderFamily(architecture="gpt2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    source = open_source("", family)
+    assert (source.name, source.folder, source.hash) == ("gpt2", None, "")
+    assert source.load(ROWS, seed=1)[0].config.model_type == "gpt2"
 
 
 def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:

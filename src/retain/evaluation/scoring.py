@@ -142,18 +142,10 @@ def choice_margin(likelihoods: Sequence[float], right: Sequence[bool]) -> float:
 
 def _score_choices(model: nn.Module, task: Task, family: Family, renderer: Renderer) -> tuple[Score, list[Answer]]:
     """Accuracy: every label of every row in one call, a row's labels after the same prompt."""
-    pairs: list[tuple[list[int], list[int]]] = []
-    for example in task.test:
-        prompt = renderer.prompt_ids(example.prompt)
-        pairs += [(prompt, renderer.answer_ids(example.prompt, label)) for label in _labels(example, task)]
-    likelihoods = family.loglikelihood(model, renderer.tokenizer, pairs)
+    rows = [(example.prompt, _labels(example, task)) for example in task.test]
     answers: list[Answer] = []
     chances: list[float] = []
-    start = 0
-    for example in task.test:
-        labels = _labels(example, task)
-        values = likelihoods[start : start + len(labels)]
-        start += len(labels)
+    for example, (_, labels), values in zip(task.test, rows, family.choose(model, renderer, rows), strict=True):
         right = [label in _references(example) for label in labels]
         best = int(np.argmax(values))
         margin = choice_margin(values, right)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from retain.data.rendering import Renderer
 from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
-from retain.models.family import Outputs, Tokenizer, pretrained
+from retain.models.family import Family, Outputs, Tokenizer, pretrained
 from retain.models.head import run_to_head
-from retain.types import GREEDY, Batch, Sampling
+from retain.types import GREEDY, Batch, Message, Sampling
 
-__all__ = ["causal_loss", "generate_causal", "likelihoods", "padded", "within_budget"]
+__all__ = ["causal_loss", "choose_by_answer", "generate_causal", "likelihoods", "padded", "within_budget"]
 
 
 def causal_loss(outputs: Outputs, batch: Batch) -> Tensor:
@@ -78,6 +79,18 @@ def likelihoods(
         for row, i in enumerate(group):
             result[i] = -float(sums[row])
     return result
+
+
+def choose_by_answer(
+    family: Family, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
+) -> list[list[float]]:
+    """Log p of each row's labels as answers to its prompt, the stop token included, nats; all in one call."""
+    pairs: list[tuple[list[int], list[int]]] = []
+    for prompt, labels in rows:
+        ids = renderer.prompt_ids(prompt)
+        pairs += [(ids, renderer.answer_ids(prompt, label)) for label in labels]
+    values = iter(family.loglikelihood(model, renderer.tokenizer, pairs))
+    return [[next(values) for _ in labels] for _, labels in rows]
 
 
 def stop_ids(model: nn.Module, tokenizer: Tokenizer) -> list[int]:

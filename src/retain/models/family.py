@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retain.data.rendering import Renderer
-from retain.types import GREEDY, Batch, Encoded, Example, Sampling, Task
+from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
 
 __all__ = ["Family", "Outputs", "Tokenizer", "pretrained"]
 
@@ -48,6 +48,15 @@ class Family(Protocol):
     isolates_documents: ClassVar[bool]  # may documents be packed into one row without seeing one another?
     needs_gradients: ClassVar[bool]  # False: `fit` learns by counting, instead of the loop
 
+    @property
+    def architecture(self) -> str:
+        """What `create` makes, as its configuration's `model_type` or cell; empty where a model must be named."""
+        ...
+
+    def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
+        """A random model of `architecture`, float32 and in evaluation mode, and a tokenizer learned on the examples."""
+        ...
+
     def load(self, folder: Path, **options: Any) -> tuple[nn.Module, Tokenizer]:
         """The model (float32, in evaluation mode) and its tokenizer from a folder that `models.hub` resolved."""
         ...
@@ -76,6 +85,12 @@ class Family(Protocol):
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[float]:
         """Log p(continuation | context) in nats, of token ids, for every pair; shared contexts are read once."""
+        ...
+
+    def choose(
+        self, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
+    ) -> list[list[float]]:
+        """Log p of each row's labels after its prompt, nats: what says which label the model chooses."""
         ...
 
     def generate(

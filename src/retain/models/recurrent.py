@@ -13,13 +13,19 @@ from transformers import AutoTokenizer
 from retain.data.packing import pad, shifted
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError, ModelError
-from retain.models.causal import causal_loss, generate_causal, likelihoods
+from retain.models.causal import causal_loss, choose_by_answer, generate_causal, likelihoods
 from retain.models.family import Outputs, Tokenizer
 from retain.models.head import run_to_head
 from retain.models.recurrent_likelihood import state_likelihoods
 from retain.models.recurrent_network import CELLS, RecurrentConfig, RecurrentForCausalLM
-from retain.models.vocabulary import SMALLEST_VOCABULARY, character_tokenizer, subword_tokenizer
-from retain.types import GREEDY, Batch, Encoded, Example, Sampling, Task
+from retain.models.vocabulary import (
+    SMALLEST_VOCABULARY,
+    character_tokenizer,
+    check_sizes,
+    read_aloud,
+    subword_tokenizer,
+)
+from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
 
 __all__ = ["RecurrentFamily"]
 
@@ -59,15 +65,18 @@ class RecurrentFamily:
             raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {self.cell!r}")
         if self.tokenizer not in TOKENIZERS:
             raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}")
-        for name, value, least in (
-            ("hidden_size", self.hidden_size, 1),
-            ("num_layers", self.num_layers, 1),
-            ("vocab_size", self.vocab_size, SMALLEST_VOCABULARY),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected {least} or more, got {value}")
+        check_sizes(
+            hidden_size=(self.hidden_size, 1),
+            num_layers=(self.num_layers, 1),
+            vocab_size=(self.vocab_size, SMALLEST_VOCABULARY),
+        )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+
+    @property
+    def architecture(self) -> str:
+        """The cell."""
+        return self.cell
 
     def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
         """A random model in float32 and evaluation mode, with a tokenizer learned on the examples.
@@ -76,7 +85,7 @@ class RecurrentFamily:
             examples: what the tokenizer is learned from.
             seed: of the weights.
         """
-        tokenizer = TOKENIZERS[self.tokenizer](map(_read_aloud, examples), vocab_size=self.vocab_size)
+        tokenizer = TOKENIZERS[self.tokenizer](map(read_aloud, examples), vocab_size=self.vocab_size)
         config = RecurrentConfig(
             vocab_size=len(tokenizer),
             cell=self.cell,
@@ -150,6 +159,12 @@ class RecurrentFamily:
         result |= dict(zip(shared, state_likelihoods(model, [pairs[i] for i in shared], pad_id=pad_id), strict=True))
         return [result[i] for i in range(len(pairs))]
 
+    def choose(
+        self, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
+    ) -> list[list[float]]:
+        """Log p of each row's labels as answers, nats."""
+        return choose_by_answer(self, model, renderer, rows)
+
     def generate(
         self,
         model: nn.Module,
@@ -171,8 +186,3 @@ class RecurrentFamily:
         raise CompatibilityError(
             "a recurrent network cannot be fitted by counting", hint="train it with `retain train`"
         )
-
-
-def _read_aloud(example: Example) -> str:
-    """A row as the default chat template writes it."""
-    return example.text or "\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in example.messages)

@@ -56,7 +56,6 @@ class Source:
         if self.folder is not None:
             options: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
             return self.family.load(self.folder, **options)
-        assert isinstance(self.family, RecurrentFamily)
         return self.family.create(examples, seed=seed)
 
 
@@ -74,12 +73,13 @@ def open_source(
         ModelError: if it is not found, or its network is none that is known.
     """
     if not name:
-        if not isinstance(family, RecurrentFamily):
+        if family is None or not family.architecture:
             raise ModelError(
-                "model: no name is given, and only recurrent models start from nothing",
-                hint="`model: smollm2-135m`, or `model: {family: recurrent, cell: lstm}`",
+                "model: neither a name is given nor what starts from nothing",
+                hint="`model: smollm2-135m`, or `model: {family: recurrent, cell: lstm}`, or "
+                "`model: {family: decoder, architecture: llama}`",
             )
-        return Source(family, family.cell, folder)
+        return Source(family, family.architecture, folder)
     resolved = resolve(name, trust_remote_code=trust_remote_code)
     config = json.loads((resolved.folder / "config.json").read_text(encoding="utf-8"))
     found = RecurrentFamily if config.get("model_type") == RecurrentConfig.model_type else FAMILIES["decoder"]

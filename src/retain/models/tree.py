@@ -1,11 +1,13 @@
-"""Many continuations of one context in one row: the context is read once, as the trunk of a tree.
+"""Many sequences in one row as a tree: a prefix that several share, a system prompt or a question, is read once.
 
-A branch sees the trunk and itself, and its positions go on from the trunk's end, so its likelihood is that of the
-plain row (context + continuation) while the context costs one pass instead of one a continuation.
+A token sees its ancestors and itself, and its position is its depth, so the likelihood of a continuation is that of its
+plain row (context + continuation), while all that sequences begin with alike costs one pass instead of one a sequence.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,88 +16,130 @@ from retain.models.causal import likelihoods, within_budget
 from retain.models.family import pretrained
 from retain.models.head import run_to_head
 
-__all__ = ["reads_trees", "tree_likelihoods"]
+__all__ = ["Tree", "grow_trees", "reads_trees", "tree_likelihoods"]
 
 Pairs = Sequence[tuple[list[int], list[int]]]
-"""Token ids of context and continuation."""
+"""Token ids of context, one or more, and continuation."""
 
-LONGEST_ROW = 1024
-"""Tokens of one tree: attention grows with their square."""
+LONGEST_ROW = 256
+"""Tokens of one tree: attention grows with their square. A longer sequence is a tree of its own."""
 
 
-def reads_trees(model: nn.Module, pairs: Pairs, members: Sequence[int], *, pad_id: int) -> bool:
+@dataclass
+class Tree:
+    """Sequences merged where they begin alike.
+
+    Args:
+        tokens: the token of every node; a parent comes before its children.
+        parents: each node's parent; -1 for a root.
+        paths: by index of the pair, the nodes of its sequence.
+    """
+
+    tokens: list[int] = field(default_factory=list[int])
+    parents: list[int] = field(default_factory=list[int])
+    paths: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+
+    def common(self, ids: Sequence[int]) -> list[int]:
+        """The nodes of the longest beginning that `ids` share with the sequence that was added last."""
+        last = next(reversed(self.paths.values()), [])
+        length = 0
+        while length < min(len(last), len(ids)) and self.tokens[last[length]] == ids[length]:
+            length += 1
+        return last[:length]
+
+    def add(self, index: int, ids: Sequence[int]) -> None:
+        """Grow by a sequence. In sorted order the one before shares the longest beginning of all."""
+        path = self.common(ids)
+        for token in ids[len(path) :]:
+            self.parents.append(path[-1] if path else -1)
+            path.append(len(self.tokens))
+            self.tokens.append(token)
+        self.paths[index] = path
+
+    def ancestry(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which nodes each node sees, (nodes, nodes), and each node's depth, (nodes,)."""
+        sees = np.eye(len(self.tokens), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                sees[node] |= sees[parent]
+        return sees, sees.sum(axis=1) - 1
+
+
+def grow_trees(pairs: Pairs) -> list[Tree]:
+    """All pairs, in trees of at most `LONGEST_ROW` tokens."""
+    sequences = [context + rest for context, rest in pairs]
+    trees = [Tree()]
+    for index in sorted(range(len(pairs)), key=lambda i: sequences[i]):
+        ids, tree = sequences[index], trees[-1]
+        if tree.tokens and len(tree.tokens) + len(ids) - len(tree.common(ids)) > LONGEST_ROW:
+            tree = Tree()
+            trees.append(tree)
+        tree.add(index, ids)
+    return trees
+
+
+def reads_trees(model: nn.Module, pairs: Pairs, *, pad_id: int) -> bool:
     """Does the model honour a tree's mask? Answered on a small tree, against one row a pair.
 
     A sliding window, or positions that the model makes itself, would change the answer without a word.
+
+    Args:
+        model: in evaluation mode.
+        pairs: two or more.
+        pad_id: fills rows on the right.
     """
     settings = pretrained(model).config.get_text_config()
     window = settings.to_dict().get("sliding_window")
     kind = settings._attn_implementation  # pyright: ignore[reportPrivateUsage]  it has no public name
     if kind != "sdpa" or (window and max(len(a) + len(b) for a, b in pairs) >= window):
         return False
-    small = [(pairs[i][0][-16:], pairs[i][1][:8]) for i in members[:2]]
-    tree = tree_likelihoods(model, small, [[0, 1]], pad_id=pad_id)
-    rows = likelihoods(model, small, pad_id=pad_id)
-    return all(abs(tree[i] - value) <= 0.02 * (1 + abs(value)) for i, value in enumerate(rows))
+    small = [(pairs[0][0][-16:], rest[:8]) for _, rest in pairs[:2]]
+    plain = likelihoods(model, small, pad_id=pad_id)
+    branched = tree_likelihoods(model, small, grow_trees(small), pad_id=pad_id)
+    return all(abs(one - other) <= 0.02 * (1 + abs(one)) for one, other in zip(plain, branched, strict=True))
 
 
 def tree_likelihoods(
-    model: nn.Module, pairs: Pairs, groups: Sequence[Sequence[int]], *, pad_id: int, max_tokens: int = 4096
-) -> dict[int, float]:
-    """log p(continuation | context) in nats by index into `pairs`.
+    model: nn.Module, pairs: Pairs, trees: Sequence[Tree], *, pad_id: int, max_tokens: int = 4096
+) -> list[float]:
+    """log p(continuation | context) of every pair, nats.
 
     Args:
         model: a causal transformer in evaluation mode whose attention takes a (rows, 1, query, key) mask.
         pairs: token ids of context and continuation.
-        groups: indices that share a context; a group over `LONGEST_ROW` becomes several trees.
+        trees: the pairs, as `grow_trees` put them together.
         pad_id: fills the rows on the right.
         max_tokens: padded tokens of one pass.
     """
-    trees: list[list[int]] = []
-    for members in groups:
-        trunk = len(pairs[members[0]][0])
-        tree, length = list[int](), trunk
-        for i in members:
-            if tree and length + len(pairs[i][1]) > LONGEST_ROW:
-                trees.append(tree)
-                tree, length = [], trunk
-            tree.append(i)
-            length += len(pairs[i][1])
-        trees.append(tree)
-    lengths = [len(pairs[tree[0]][0]) + sum(len(pairs[i][1]) for i in tree) for tree in trees]
-    result: dict[int, float] = {}
-    for group in within_budget(lengths, max_tokens):
-        result |= one_pass(model, pairs, [trees[i] for i in group], pad_id)
+    result = [0.0] * len(pairs)
+    for group in within_budget([len(tree.tokens) for tree in trees], max_tokens):
+        for index, value in one_pass(model, pairs, [trees[i] for i in group], pad_id):
+            result[index] -= value
     return result
 
 
 @torch.no_grad()
-def one_pass(model: nn.Module, pairs: Pairs, trees: Sequence[Sequence[int]], pad_id: int) -> dict[int, float]:
-    """The likelihoods of one padded batch of trees."""
+def one_pass(model: nn.Module, pairs: Pairs, trees: Sequence[Tree], pad_id: int) -> list[tuple[int, float]]:
+    """The nats of every token of a continuation, with its pair's index, of one padded batch of trees."""
     device = next(model.parameters()).device
-    longest = max(len(pairs[tree[0]][0]) + sum(len(pairs[i][1]) for i in tree) for tree in trees)
+    longest = max(len(tree.tokens) for tree in trees)
     ids = torch.full((len(trees), longest), pad_id)
     positions = torch.zeros(len(trees), longest, dtype=torch.long)
     sees = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1)  # (trees, query, key)
-    sources: list[tuple[int, int]] = []  # the output that predicts each target: tree and position
+    sources: list[tuple[int, int]] = []  # the output that predicts each target: tree and node
     targets: list[int] = []
     owners: list[int] = []
     for row, tree in enumerate(trees):
-        context = pairs[tree[0]][0]
-        trunk = end = len(context)
-        ids[row, :trunk] = torch.tensor(context)
-        positions[row, :trunk] = torch.arange(trunk)
-        sees[row, :trunk, :trunk] = torch.ones(trunk, trunk, dtype=torch.bool).tril()
-        for i in tree:
-            start, branch = end, pairs[i][1]
-            end = start + len(branch)
-            ids[row, start:end] = torch.tensor(branch)
-            positions[row, start:end] = torch.arange(trunk, trunk + len(branch))
-            sees[row, start:end, :trunk] = True
-            sees[row, start:end, start:end] = torch.ones(len(branch), len(branch), dtype=torch.bool).tril()
-            sources += [(row, trunk - 1), *((row, position) for position in range(start, end - 1))]
-            targets += branch
-            owners += [i] * len(branch)
+        seen, depths = tree.ancestry()
+        size = len(depths)
+        ids[row, :size] = torch.tensor(tree.tokens)
+        positions[row, :size] = torch.from_numpy(depths)
+        sees[row, :size, :size] = torch.from_numpy(seen)
+        for index, path in tree.paths.items():
+            context, rest = pairs[index]
+            sources += [(row, node) for node in path[len(context) - 1 : -1]]
+            targets += rest
+            owners += [index] * len(rest)
     rows, places = torch.tensor(sources, device=device).T
     counted = torch.zeros(len(trees), longest, dtype=torch.bool, device=device)
     counted[rows, places] = True
@@ -103,7 +147,4 @@ def one_pass(model: nn.Module, pairs: Pairs, trees: Sequence[Sequence[int]], pad
     outputs = run_to_head(model, {name: value.to(device) for name, value in inputs.items()}, counted)
     compact = (counted.flatten().cumsum(0) - 1).view_as(counted)  # the row of `hidden` of each counted output
     nats = target_nats(outputs.hidden[compact[rows, places]], torch.tensor(targets, device=device), outputs.head)
-    result = dict.fromkeys(owners, 0.0)
-    for owner, value in zip(owners, nats.tolist(), strict=True):
-        result[owner] -= value
-    return result
+    return list(zip(owners, nats.tolist(), strict=True))

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["END", "PAD", "SMALLEST_VOCABULARY", "character_tokenizer", "subword_tokenizer"]
+from retain.types import Example
+
+__all__ = ["END", "PAD", "SMALLEST_VOCABULARY", "character_tokenizer", "check_sizes", "read_aloud", "subword_tokenizer"]
 
 END = "<|endoftext|>"
 """Ends a text; trained as the stop token."""
@@ -15,6 +17,11 @@ PAD = "<|pad|>"
 
 SMALLEST_VOCABULARY = 2 + 256
 """Either tokenizer keeps a token for every byte, so that any text goes in and comes out unchanged."""
+
+
+def read_aloud(example: Example) -> str:
+    """A row as the default chat template writes it: what a tokenizer is learned from."""
+    return example.text or "\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in example.messages)
 
 
 def subword_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -51,6 +58,17 @@ def character_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedT
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _wrapped(tokenizer)
+
+
+def check_sizes(**sizes: tuple[int, int]) -> None:
+    """Refuse a size of a model that starts from nothing that is below its least: `name=(value, least)`.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, (value, least) in sizes.items():
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value}")
 
 
 def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
