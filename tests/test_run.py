@@ -64,6 +64,14 @@ def test_a_recipe_becomes_a_lineage(write_recipe: Recipe) -> None:
     assert lineage.verify() == []
 
 
+def test_tasks_to_come_are_scored_where_asked(write_recipe: Recipe) -> None:
+    evaluation = {"max_probes": 11, "kl": False, "upcoming": False}
+    base, first, last = run(write_recipe(evaluation=evaluation)).record().stages
+    assert {"colour", "animal"} <= base.scores.keys()
+    assert "colour" in first.scores and "animal" not in first.scores
+    assert {"colour", "animal"} <= last.scores.keys()
+
+
 def test_the_stages_weights_load_in_transformers(write_recipe: Recipe) -> None:
     lineage = run(write_recipe(protect_base="off", evaluation={"probes": False, "kl": False}))
     ours = load_stage(lineage, 1)[0]

@@ -84,15 +84,18 @@ class Experiment:
         """Score the model as it stands: the tasks, and the probes and the KL to the base model where asked.
 
         Args:
-            tasks: all of the experiment's where None.
+            tasks: where None, those that are learned, and unless the recipe says otherwise those to come.
             probes: ask them, and measure the KL.
-            learned: tasks that are scored once more with their names inferred, where the strategy needs names.
+            learned: the tasks learned so far; where the strategy needs names, they are scored once more with their
+                names inferred.
         """
         config = self.config.evaluation
+        if tasks is None:
+            tasks = [task for task in self.tasks if config.upcoming or task.name in learned or not learned]
         with distributed.autocast(self.precision):
             return evaluate(
                 self.strategy.select(self.model, "base"),
-                self.tasks if tasks is None else tasks,
+                tasks,
                 family=self.source.family,
                 renderer=self.renderer,
                 config=config if probes else replace(config, probes=False, kl=False),

@@ -27,6 +27,8 @@ class EvaluationConfig:
     Args:
         probes: ask the built-in probes of general abilities.
         kl: measure the KL to the base model on built-in texts.
+        upcoming: score tasks that are still to be learned after every stage, too: forward transfer needs it. Without,
+            they are scored on the base model only.
         max_probes: ask at most so many, balanced over abilities; None: all.
         max_texts: measure the KL on at most so many texts; None: all.
         text_tokens: read at most so many tokens of each text. Both are settled when the base model is evaluated.
@@ -38,6 +40,7 @@ class EvaluationConfig:
 
     probes: bool = True
     kl: bool = True
+    upcoming: bool = True
     max_probes: int | None = None
     max_texts: int | None = None
     text_tokens: int = 64
