@@ -95,7 +95,7 @@ def abilities_table(record: Record) -> RenderableType:
 def _shifts_table(shifts: Sequence[Shift], what: str, before: str, after: str) -> Table:
     """A row for every suite: levels, change, interval, verdict."""
     table = _table()
-    table.add_column(what, no_wrap=True, max_width=20, overflow="ellipsis")
+    table.add_column(what, no_wrap=True, max_width=18, overflow="ellipsis")
     for title in (before, after, "change", wording.plain(wording.CONFIDENCE)):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
