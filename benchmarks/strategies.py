@@ -84,6 +84,7 @@ CANDIDATES: dict[str, list[Setting]] = {
     "der": [one("der", ratio=RATIO, alpha=alpha) for alpha in (0.3, 1.0)],
     "agem": [one("agem")],
     "ewc": strengths("ewc", 1.0, 10.0, 100.0, num_samples=64),
+    "ewc of BA": strengths("ewc", 1.0, 10.0, 100.0, num_samples=64, space="weights"),
     "si": strengths("si", 1.0, 10.0, 100.0, num_samples=64),
     "mas": strengths("mas", 1.0, 10.0, 100.0, num_samples=64),
     "l2": strengths("l2", 0.1, 1.0, 10.0),

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 NUM_TRAIN = 96
 NUM_VALIDATION = 60
-NUM_TEST = {"smollm2": 300, "small": 120}
+NUM_TEST = {"smollm2": 300, "small": 120, "small_lora": 120}
 
 
 def read(path: Path) -> list[Row]:
@@ -94,7 +94,10 @@ OTHER_INTENTS = (
 LABEL = {"metric": "exact_match", "max_new_tokens": 12}
 INTENT = Part("banking77", "Customer: {prompt}\nIntent:\n", LABEL, labelled(*INTENTS), 90)
 OTHER = Part("banking77", "Customer: {prompt}\nIntent:\n", LABEL, labelled(*OTHER_INTENTS), 90)
-SCIENCE = Part("arc_easy", "{prompt}\nAnswer:\n", {"metric": "accuracy"}, longest=160)
+SCIENCE = Part(
+    "arc_easy", "{prompt}\nAnswer:\n", {"metric": "accuracy"},
+    lambda row: len(set(row["choices"])) == len(row["choices"]), 160,
+)  # fmt: skip
 TOPIC = Part(
     "sib200_multi", "{prompt}\nTopic:\n", {"metric": "exact_match", "max_new_tokens": 5},
     lambda row: row["task"] in ("sib200_fra_Latn", "sib200_deu_Latn"), 190,
@@ -107,6 +110,15 @@ LANGUAGE = Part(
 )  # fmt: skip
 SUBJECT = Part("mmlu_a", "{prompt}\nSubject:\n", LABEL, longest=160, answer="{task}")
 
+SMALL: Row = {
+    "model": {"name": "small", "template": "plain"},
+    "method": {"name": "full"},
+    "tasks": {"intent": INTENT, "language": LANGUAGE, "restaurant": RESTAURANT, "subject": SUBJECT, "other": OTHER},
+    "train": {"learning_rate": 1.0e-3, "num_train_epochs": 4, "max_length": 256},
+    "evaluation": {"probes": False, "max_texts": 24, "upcoming": False},
+}
+"""On the model of pretrain.yaml: `retain train pretrain.yaml`, then `retain export pretrain small`."""
+
 STREAMS: dict[str, Row] = {
     "smollm2": {
         "model": {"name": "smollm2-135m", "template": "plain"},
@@ -115,12 +127,11 @@ STREAMS: dict[str, Row] = {
         "train": {"learning_rate": 1.0e-3, "num_train_epochs": 2, "max_length": 256},
         "evaluation": {"max_probes": 55, "max_texts": 12, "upcoming": False},
     },
-    "small": {
-        "model": {"name": "small", "template": "plain"},
-        "method": {"name": "full"},
-        "tasks": {"intent": INTENT, "language": LANGUAGE, "restaurant": RESTAURANT, "subject": SUBJECT, "other": OTHER},
-        "train": {"learning_rate": 1.0e-3, "num_train_epochs": 4, "max_length": 256},
-        "evaluation": {"probes": False, "max_texts": 24, "upcoming": False},
+    "small": SMALL,
+    "small_lora": {
+        **SMALL,
+        "method": {"name": "lora", "r": 16, "alpha": 32},
+        "train": {**SMALL["train"], "learning_rate": 5.0e-3},
     },
 }
 
