@@ -148,10 +148,13 @@ class Network(nn.Module):
 class AtTargets(NamedTuple):
     """The logits of a pass at its targets."""
 
-    values: Tensor
+    hidden: Tensor
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
 
     def logits(self) -> Tensor:
-        return self.values
+        return self.hidden
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The distillation term against the KL of two tables, its closed-form gradient, and itself in chunks."""
+"""The distillation term against the KL of two tables, its closed-form gradient."""
 
 import math
 
@@ -45,19 +45,6 @@ def test_nothing_where_the_models_agree() -> None:
 def test_a_constant_added_to_all_logits_means_nothing() -> None:
     logits, teacher = draw(), draw(seed=1)
     torch.testing.assert_close(distillation_nats(logits + 9, teacher - 4), distillation_nats(logits, teacher))
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunks_change_nothing(chunk: int) -> None:
-    whole, pieces, teacher = draw().requires_grad_(), draw().requires_grad_(), draw(seed=1)
-    expected, nats = distillation_nats(whole, teacher), distillation_nats(pieces, teacher, chunk=chunk)
-    weights = torch.arange(7.0, dtype=torch.float64)
-    (weights * expected).sum().backward()
-    (weights * nats).sum().backward()
-    torch.testing.assert_close(nats, expected)
-    torch.testing.assert_close(pieces.grad, whole.grad)
-    with torch.no_grad():
-        torch.testing.assert_close(distillation_nats(pieces, teacher, chunk=chunk), expected)
 
 
 def test_the_teacher_gets_no_gradient() -> None:

@@ -94,3 +94,22 @@ def test_nothing_is_left_behind(rows: Rows, model: nn.Module) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     F.relu(model(torch.ones(1, 4).double())).sum().backward()  # still trains
+
+
+class Gated(nn.Module):
+    """A parameter that hooks do not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("rti,oi->rto", x, self.gate.tanh())
+
+
+def test_the_log_tells_where_hooks_were_not_enough(rows: Rows, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="retain")
+    diagonal_fisher(nn.Linear(4, 2).double(), rows)
+    assert caplog.messages == []
+    diagonal_fisher(nn.Sequential(Gated()), rows)
+    assert caplog.messages == ["per-example gradients of task: torch.func for Gated"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retain.kernels.parameter_uses import Layout, ParameterUses, Use
+from retain.kernels.use_rules import RULES
 from retain.types import IGNORED, Batch, Example
 
 ROWS, LENGTH, WIDTH = 2, 3, 4
@@ -33,6 +34,13 @@ def test_a_layout_sorts_positions_by_document() -> None:
     assert [piece.tolist() for piece in Layout(torch.tensor([3, 0]), [1, 1]).split(values)] == [[[6, 7]], [[0, 1]]]
 
 
+def test_rows_that_are_documents_are_views_without_their_padding() -> None:
+    values = torch.arange(12.0).reshape(2, 3, 2)
+    pieces = ParameterUses({}, make_batch(ONE_A_ROW), unused, RULES).layout((2, 3)).split(values)
+    assert [piece.tolist() for piece in pieces] == [values[0].tolist(), values[1, :2].tolist()]
+    assert pieces[0].data_ptr() == values.data_ptr()
+
+
 @pytest.mark.parametrize(
     ("owners", "leading", "expected"),
     [
@@ -54,7 +62,7 @@ def test_the_documents_of_a_shape(owners: Tensor, leading: tuple[int, ...], expe
     targets = torch.where(owners == owners.max(), IGNORED, owners)  # (3,) counted targets
     if owners is ONE_A_ROW:
         targets = torch.tensor([[5, 5, IGNORED], [5, IGNORED, IGNORED]])
-    found = ParameterUses({}, make_batch(owners, targets), unused).owners(leading)
+    found = ParameterUses({}, make_batch(owners, targets), unused, RULES).owners(leading)
     assert (found if found is None else found.tolist()) == expected
 
 
@@ -66,6 +74,7 @@ def seen(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> tu
         dict(model.named_parameters()),
         make_batch(owners),
         lambda found: complete.update({found[0].source.name: list(found)}),
+        RULES,
     )
     with uses:
         total = forward(x).sum()

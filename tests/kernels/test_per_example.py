@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from retain.errors import CompatibilityError
-from retain.kernels.per_example import absolute_gradients, one_by_one, squared_gradients, zero_sums
+from retain.kernels.per_example import Sums, absolute_gradients, one_by_one, squared_gradients, zero_sums
 from retain.models.head import run_to_head
 from retain.types import IGNORED, Batch, Example
 
@@ -143,7 +143,8 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return model
 
 
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], *, tolerance: float = 1e-6) -> None:
+def assert_same(got: dict[str, Tensor] | Sums, wanted: dict[str, Tensor] | Sums, *, tolerance: float = 1e-6) -> None:
+    got, wanted = (sums.values if isinstance(sums, Sums) else sums for sums in (got, wanted))
     assert got.keys() == wanted.keys()
     scale = max(float(value.max()) for value in wanted.values())
     for name, value in wanted.items():
@@ -183,7 +184,7 @@ def test_the_batch_size_changes_nothing(layout: Callable[..., Batch]) -> None:
     together = squared_gradients(model, layout(DOCUMENTS), own_head(model))
     alone = zero_sums(model)
     for document in DOCUMENTS:
-        assert squared_gradients(model, layout([document]), own_head(model), into=alone) is alone
+        assert squared_gradients(model, layout([document]), own_head(model), into=alone).values is alone
     assert_same(alone, together)
 
 
@@ -193,7 +194,7 @@ def test_is_not_the_square_of_the_mean_gradient() -> None:
     rows = padded(DOCUMENTS)
     (own_head(model)(rows).sum() / len(DOCUMENTS)).backward()
     batched = {name: p.grad**2 for name, p in model.named_parameters()}  # the field's commonest mistake
-    right = squared_gradients(model, rows, own_head(model), engine="hooks")
+    right = squared_gradients(model, rows, own_head(model), engine="hooks").values
     share = sum(float(v.sum()) for v in batched.values()) / sum(float(v.sum()) for v in right.values()) * len(DOCUMENTS)
     assert share < 0.75  # 1 if only the scale differed
 
@@ -230,34 +231,167 @@ def test_accumulates_in_float32() -> None:
     torch.manual_seed(0)
     model = tied_llama().to(torch.bfloat16).eval()
     got = squared_gradients(model, packed(DOCUMENTS), own_head(model))
-    assert {value.dtype for value in got.values()} == {torch.float32}
+    assert {value.dtype for value in got.values.values()} == {torch.float32}
 
 
-class Recurrent(nn.Module):
-    """A GRU's weights are used where no hook sees them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 8)
-        self.cell = nn.GRU(8, 8, batch_first=True)
-        self.head = nn.Linear(8, VOCABULARY)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.head(self.cell(self.embedding(input_ids))[0])
-
-
-def test_falls_back_to_the_loop() -> None:
+@pytest.mark.parametrize("layout", [padded, packed])
+@pytest.mark.parametrize("name", ["tied llama", "untied llama with biases", "gemma3", "qwen3", "lora"])
+def test_torch_func_gives_the_same(name: str, layout: Callable[..., Batch]) -> None:
+    """All modules apart, a head that is tied to the embedding among them."""
     torch.manual_seed(0)
-    model = Recurrent().double()
+    model = MODELS[name]().double().eval()
+    wanted = squared_gradients(model, layout(DOCUMENTS), head_at_targets(model), engine="loop")
+    assert wanted.engine == "loop"
+    got = squared_gradients(model, layout(DOCUMENTS), head_at_targets(model), engine="func")
+    assert got.engine == "func"
+    assert {"Linear", "Embedding"} & set(got.apart)
+    assert_same(got, wanted)
 
+
+class Own(nn.Module):
+    """A user's network: `make` gives a layer between an embedding and a tied head, both known to hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(VOCABULARY, 8), layer
+        self.head = nn.Linear(8, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor, **unused: Tensor) -> Tensor:
+        hidden = self.layer(self.embedding(input_ids))
+        return self.head(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+
+def nll_of(model: nn.Module) -> Callable[[Batch], Tensor]:
     def nll(part: Batch) -> Tensor:
         return F.cross_entropy(model(**part.inputs)[part.counted], part.targets[part.counted], reduction="none")
 
-    with pytest.raises(CompatibilityError, match=r"hooks do not see[\s\S]*cell.weight_ih_l0"):
-        squared_gradients(model, padded(DOCUMENTS), nll, engine="hooks")
-    loop = squared_gradients(model, padded(DOCUMENTS), nll, engine="loop")
-    assert_same(squared_gradients(model, padded(DOCUMENTS), nll), loop)
-    assert all(float(value.abs().max()) > 0 for value in loop.values())
+    return nll
+
+
+class Scale(nn.Module):
+    """Two parameters of shapes that no rule knows, at every position alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.mix = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = x.unflatten(-1, (2, 4))  # (rows, length, 2, 4)
+        return (torch.einsum("rtgi,gij->rtgj", split, self.mix).tanh() * self.gamma).flatten(-2)
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` uses its inner projection's weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
+        return self.inner(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+class Leaky(Scale):
+    """Something reaches the loss by another way than the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = super().forward(x)
+        return self.seen.detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "layout", "engine"),
+    [
+        (Scale, padded, "func"),
+        (Scale, packed, "func"),
+        (Attention, padded, "func"),
+        (lambda: nn.Conv1d(8, 8, 1), None, "loop"),
+        (lambda: nn.LSTM(8, 4, bidirectional=True, batch_first=True), padded, "loop"),  # in float64 vmap cannot
+        (lambda: nn.LSTM(8, 16, proj_size=8, batch_first=True), padded, "loop"),
+        (lambda: nn.GRU(8, 4, bidirectional=True, batch_first=True), padded, "loop"),
+        (lambda: nn.GRU(8, 8, batch_first=True), padded, "hooks"),
+    ],
+)
+def test_what_hooks_do_not_know_is_left_to_torch_func_or_the_loop(
+    make: Callable[[], nn.Module], layout: Callable[..., Batch] | None, engine: str
+) -> None:
+    torch.manual_seed(0)
+    model, turned = Own(make()).double().eval(), layout is None
+    if turned:
+        model.layer = Turned(model.layer).double()
+    documents = [[5, 5, 7, PAD, 5, 9], [1, 8, 8, 4, 5, 4], [30, 31, 5, PAD, PAD, 30]]  # a backward pass reads padding
+    rows = (layout or padded)(documents)
+    if layout is not packed:
+        rows = replace(
+            rows, inputs={"input_ids": rows.inputs["input_ids"][:, :-1]},
+            targets=rows.targets[:, :-1], documents=rows.documents[:, :-1],
+        )  # fmt: skip
+    wanted = squared_gradients(model, rows, nll_of(model), engine="loop").values
+    assert all(float(value.abs().max()) > 0 for value in wanted.values())
+    for _ in range(2):  # the second time it is known
+        got = squared_gradients(model, rows, nll_of(model))
+        assert got.engine == engine
+        assert_same(got, wanted)
+    if engine != "hooks":
+        with pytest.raises(CompatibilityError, match="hooks do not see"):
+            squared_gradients(model, rows, nll_of(model), engine="hooks")
+
+
+class Turned(nn.Module):
+    """Rows of another layer, one after another, in an order that no shape tells."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(row.T).T[None] for row in x])
+
+
+def test_what_leaves_a_module_beside_its_output_is_noticed() -> None:
+    torch.manual_seed(0)
+    model = Own(Leaky()).double().eval()
+
+    def nll(part: Batch) -> Tensor:
+        return nll_of(model)(part) + model.layer.seen.square().sum(dim=-1)[part.counted]
+
+    wanted = squared_gradients(model, padded(DOCUMENTS), nll, engine="loop")
+    assert float(wanted.values["layer.gamma"].max()) > 0
+    got = squared_gradients(model, padded(DOCUMENTS), nll)
+    assert got.engine == "loop"
+    assert_same(got, wanted)
+
+
+def test_a_module_in_which_rows_meet_is_not_taken_apart() -> None:
+    """Its examples see one another, so there is no right answer; but the loop's is the one that is promised."""
+    model = Own(Meeting()).double().eval()
+    assert squared_gradients(model, padded(DOCUMENTS), nll_of(model)).engine == "loop"
+
+
+class Meeting(Scale):
+    """Adds the mean over rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + x.mean(dim=0, keepdim=True))
+
+
+def test_nothing_is_added_where_an_engine_gives_up() -> None:
+    torch.manual_seed(0)
+    model = Own(Meeting()).double().eval()
+    totals = zero_sums(model)
+    with pytest.raises(
+        CompatibilityError, match=r"torch.func does not see[\s\S]*Meeting: its rows cannot be taken apart"
+    ):
+        squared_gradients(model, padded(DOCUMENTS), nll_of(model), engine="func", into=totals)
+    assert not any(bool(value.any()) for value in totals.values())
+
+
+def test_forward_is_given_back() -> None:
+    model = Own(Scale()).double().eval()
+    squared_gradients(model, padded(DOCUMENTS), nll_of(model), engine="func")
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_a_linear_gaussian_model_has_the_closed_form() -> None:

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from retain.kernels import quadratic
-from retain.kernels.quadratic import add_penalty, merged, normalised, placed, step_toward, weights_of
+from retain.kernels.quadratic import (
+    add_displacements,
+    add_penalty,
+    copy_all,
+    groups,
+    merged,
+    normalised,
+    placed,
+    step_toward,
+    weights_of,
+)
 
 
 @pytest.fixture
@@ -132,3 +142,25 @@ def test_placed_takes_tensors_under_a_prefix(model: nn.Module) -> None:
     assert {name: len(value) for name, value in placed(model, state, "anchor/").items()} == {
         "0.weight": 1, "elsewhere": 2,
     }  # fmt: skip
+
+
+def test_groups_hold_every_piece_once_in_order() -> None:
+    """A parameter may be larger than a group: then it is alone."""
+    pieces = [(torch.full((size,), float(i)), torch.zeros(size)) for i, size in enumerate([3, 2**18, 5, 2**17, 2**17])]
+    found = [[float(first[0]) for first in columns[0]] for columns in groups(pieces)]
+    assert found == [[0.0], [1.0], [2.0, 3.0], [4.0]]
+    assert list(groups([])) == []
+
+
+def test_displacements_are_added_in_place() -> None:
+    path, gradient, before, now = torch.ones(2), torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0]), torch.zeros(2)
+    add_displacements([(path, gradient, before, now)])
+    assert path.tolist() == [3.0, 4.0]
+    add_displacements([])
+
+
+def test_copies_all() -> None:
+    into = [torch.zeros(2), torch.zeros(1, dtype=torch.bfloat16)]
+    copy_all(into, [torch.ones(2), torch.full((1,), 2.0)])
+    assert [value.tolist() for value in into] == [[1.0, 1.0], [2.0]]
+    copy_all([], [])

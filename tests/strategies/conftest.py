@@ -20,6 +20,13 @@ class ToyOutputs:
 
     at_targets: Tensor
 
+    @property
+    def hidden(self) -> Tensor:
+        return self.at_targets
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def logits(self) -> Tensor:
         return self.at_targets
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retain.data.rendering import Renderer
+from retain.kernels import chunks
 from retain.methods.full import Full
 from retain.models.decoder import DecoderFamily
 from retain.parameters import num_bytes
@@ -70,6 +71,23 @@ def test_the_terms_are_those_of_the_paper(toy_task: Toy, top_k: int, beta: float
         torch.autograd.grad(total, list(model.parameters())), torch.autograd.grad(expected, list(model.parameters())),
         rtol=1e-2, atol=5e-3,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_chunks_change_nothing(toy_task: Toy, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the chunk's border is not that between the targets with stored logits and the others."""
+    model, task = network(), toy_task(num=20, length=2)
+    first = replace(task, targets={id: y[: 1 + i % 2] for i, (id, y) in enumerate(task.targets.items())})
+    first = replace(first, inputs={id: x[: 1 + i % 2] for i, (id, x) in enumerate(task.inputs.items())})
+    found: list[Any] = []
+    for at_once in (2**25, 1):
+        monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", at_once)
+        model = network()
+        strategy = filled(model, first, alpha=0.5, beta=beta, top_k=2)
+        shift(model)
+        term = term_of(strategy, model, task, replayed(task))
+        found.append((list(strategy.logits.values()), term, torch.autograd.grad(term, list(model.parameters()))))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_logits_are_those_of_the_time_of_storing(toy_task: Toy) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retain.kernels import chunks
 from retain.strategies.lwf import LwF
 from retain.types import Batch
 
@@ -237,8 +238,11 @@ def test_bf16_copies_of_the_teachers_weights_do_not_reach_the_student(toy_task: 
         def __init__(self, hidden: Tensor) -> None:
             self.hidden = hidden
 
+        def head(self, hidden: Tensor) -> Tensor:
+            return model[3](hidden)  # type: ignore[index]
+
         def logits(self) -> Tensor:
-            return model[3](self.hidden)  # type: ignore[index]
+            return self.head(self.hidden)
 
     head: Any = model[3]  # type: ignore[index]
     gradients: list[Tensor] = []
@@ -249,6 +253,51 @@ def test_bf16_copies_of_the_teachers_weights_do_not_reach_the_student(toy_task: 
         assert term is not None
         gradients.append(torch.autograd.grad(term, head.weight)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1, atol=0.02 * float(gradients[0].abs().max()))
+
+
+class Whole:
+    """Outputs whose head moves, as a full-tuned model's does."""
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self.hidden, self.head = model[:3](batch.inputs["x"][batch.counted]), model[3]
+
+    def logits(self) -> Tensor:
+        return self.head(self.hidden)
+
+
+@pytest.mark.parametrize("rows", ["all", "old"])
+def test_chunks_change_nothing_where_the_head_moves(toy_task: Toy, rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's head is not the model's; no more than 16 rows of logits exist at once."""
+    task = toy_task(length=3)
+    model = network()
+    strategy = in_second_task(model, task, task, strength=3.0, rows=rows)
+    strategy.task = Heads(task)
+    batch = next(task.batches([replace(row, source=["task", "replay"][i % 2]) for i, row in enumerate(task.examples)]))
+    wanted = torch.tensor([rows == "all" or i % 2 == 1 for i in range(len(task.examples))])[batch.target_documents]
+    old = Whole(model, batch).logits().detach()
+    shift(model)
+    new = Whole(model, batch).logits()
+    p, q = (old / 2).softmax(-1), (new / 2).log_softmax(-1)
+    expected = 3 * 4 * (p * (p.log() - q)).sum(-1)[wanted].sum()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 1)
+    sizes: list[int] = []
+    model[3].register_forward_hook(lambda *call: sizes.append(len(call[2])))  # type: ignore[index]
+    term = strategy.loss_term(model, batch, Whole(model, batch))
+    assert term is not None
+    assert max(sizes) == 16
+    torch.testing.assert_close(term, expected)
+    torch.testing.assert_close(torch.autograd.grad(term, list(model.parameters())), gradients)
+
+
+class Heads:
+    """A task whose outputs wait for their head."""
+
+    def __init__(self, task: Any) -> None:
+        self.method = task.method
+
+    def forward(self, model: nn.Module, batch: Batch) -> Whole:
+        return Whole(model, batch)
 
 
 def test_rows_that_the_model_has_grown_have_no_teacher_of_their_own(toy_task: Toy) -> None:

@@ -8,10 +8,9 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["chunked_cross_entropy", "target_nats"]
+from retain.kernels.chunks import LOGITS_PER_CHUNK, rows_at_once
 
-LOGITS_PER_CHUNK = 2**25
-"""Logits that exist at once: 128 MiB in float32."""
+__all__ = ["chunked_cross_entropy", "target_nats"]
 
 
 def target_nats(
@@ -33,8 +32,7 @@ def target_nats(
     if not len(targets):
         return hidden.sum(dim=-1).float()
     if chunk is None:
-        vocabulary = head(hidden[:1].detach()).shape[-1]
-        chunk = max(16, LOGITS_PER_CHUNK // vocabulary)
+        chunk = rows_at_once(hidden, head)
 
     def nats(rows: Tensor, wanted: Tensor) -> Tensor:
         logits = head(rows)  # (chunk, vocabulary)

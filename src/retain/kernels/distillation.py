@@ -1,18 +1,12 @@
-"""How far a model's predictions are from a teacher's, one target at a time, in chunks."""
+"""How far a model's predictions are from a teacher's, one target at a time."""
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 __all__ = ["distillation_nats"]
 
-LOGITS_PER_CHUNK = 2**25
-"""Logits in float32 that exist at once: 128 MiB for each of a handful of intermediate values."""
 
-
-def distillation_nats(
-    logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, chunk: int | None = None
-) -> Tensor:
+def distillation_nats(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """temperature^2 * KL(teacher || model) of every target, nats: 0 where the two agree.
 
         p = softmax(teacher_logits / temperature);  q = softmax(logits / temperature)
@@ -25,23 +19,11 @@ def distillation_nats(
         logits: (num_targets, vocabulary), differentiable.
         teacher_logits: (num_targets, vocabulary); no gradient goes there.
         temperature: above 0; larger ones weigh unlikely tokens more.
-        chunk: rows at once; found from the vocabulary where None. Only the two logits exist whole.
 
     Returns:
         (num_targets,), at least float32.
     """
-    rows = chunk or max(16, LOGITS_PER_CHUNK // logits.shape[-1])
-    teacher_logits = teacher_logits.detach()
-
-    def nats(ours: Tensor, theirs: Tensor) -> Tensor:
-        dtype = torch.promote_types(ours.dtype, torch.float32)
-        log_q = torch.log_softmax(ours.to(dtype) / temperature, dim=-1)  # (rows, vocabulary)
-        log_p = torch.log_softmax(theirs.to(dtype) / temperature, dim=-1)
-        return (log_p.exp() * (log_p - log_q)).sum(dim=-1) * temperature**2
-
-    if len(logits) <= rows:
-        return nats(logits, teacher_logits)
-    pieces = zip(logits.split(rows), teacher_logits.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([nats(ours, theirs) for ours, theirs in pieces])
-    return torch.cat([checkpoint(nats, ours, theirs, use_reentrant=False) for ours, theirs in pieces])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_q = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)  # (num_targets, vocabulary)
+    log_p = torch.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1) * temperature**2

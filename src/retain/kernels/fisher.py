@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retain.errors import CompatibilityError
-from retain.kernels.per_example import squared_gradients
+from retain.kernels.per_example import Sums, squared_gradients
 from retain.types import Batch
 
 __all__ = ["Kind", "add_fisher", "at_least_float"]
@@ -35,7 +35,7 @@ def add_fisher(
     kind: Kind,
     seed: int,
     into: dict[str, Tensor],
-) -> None:
+) -> Sums | None:
     """Add the Fisher of a batch, summed over its examples.
 
     The square is of the sum over an example's tokens: the Fisher of a sequence. A target of weight w counts w times, as
@@ -49,11 +49,16 @@ def add_fisher(
         seed: of the sampled targets. An example's draws depend on it and on the example's id alone.
         into: by parameter name, as `per_example.zero_sums` makes them.
 
+    Returns:
+        the sums, and which engine gave the gradients; None where the batch has no target.
+
     Raises:
         CompatibilityError: if `exact` would take more passes than is sensible, or if the model is sharded.
     """
+    sums: Sums | None = None
     for nll in scores(batch, logits_of, kind, seed):
-        squared_gradients(model, batch, nll, into=into)
+        sums = squared_gradients(model, batch, nll, into=into)
+    return sums
 
 
 def scores(

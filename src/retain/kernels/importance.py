@@ -1,5 +1,6 @@
 """How much a task depends on each weight: means over the task's examples, in evaluation mode."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 
 from retain import distributed
 from retain.kernels.fisher import Kind, add_fisher, at_least_float
-from retain.kernels.per_example import absolute_gradients, zero_sums
-from retain.parameters import evaluating
+from retain.kernels.per_example import Sums, absolute_gradients, zero_sums
+from retain.parameters import differentiating
 from retain.types import Batch, Example
 
 __all__ = ["Passes", "diagonal_fisher", "mean_over_examples", "output_sensitivity"]
+
+log = logging.getLogger("retain")
 
 TOKENS_PER_PASS = 1024
 """Tokens of a pass: its logits exist whole, so it must be smaller than a training pass."""
@@ -54,14 +57,15 @@ class Passes(Protocol):
 
 
 def mean_over_examples(
-    model: nn.Module, task: Passes, add: Callable[[Batch, dict[str, Tensor]], None], *, num_samples: int
+    model: nn.Module, task: Passes, add: Callable[[Batch, dict[str, Tensor]], Sums | None], *, num_samples: int
 ) -> dict[str, Tensor]:
     """The mean over a sample of a task's examples, of all processes, of what `add` adds up.
 
     Args:
         model: in any mode; it comes back in the same, and so does the random state.
         task: gives rows, passes and the seed; every process takes its share of the rows.
-        add: adds a batch's sum over its examples to the sums that it is given.
+        add: adds a batch's sum over its examples to the sums that it is given. Where it tells that hooks were not
+            enough, the log does.
         num_samples: rows, drawn without replacement from the seed; all of them if there are fewer.
 
     Returns:
@@ -71,10 +75,15 @@ def mean_over_examples(
     examples = generator.sample(task.examples, min(num_samples, len(task.examples)))
     sums = zero_sums(model)
     num = 0
-    with evaluating(model):
+    engines: set[str] = set()
+    with differentiating(model):
         for batch in task.batches(examples, max_tokens=TOKENS_PER_PASS):
-            add(batch, sums)
+            if found := add(batch, sums):
+                engines.add(found.engine if not found.apart else f"torch.func for {', '.join(found.apart)}")
             num += len(batch.examples)
+    if engines - {"hooks"}:
+        said = ", ".join(sorted(engines)).replace("loop", "one pass an example, which is slow")
+        log.info("per-example gradients of %s: %s", task.name, said)
     distributed.sum_tensors(list(sums.values()))
     count = max(distributed.sum_number(num), 1.0)
     return {name: value.div_(count) for name, value in sums.items()}
@@ -95,8 +104,10 @@ def diagonal_fisher(
         by parameter name, in float32 at least.
     """
 
-    def add(batch: Batch, sums: dict[str, Tensor]) -> None:
-        add_fisher(model, batch, lambda part: task.forward(model, part).logits(), kind=kind, seed=task.seed, into=sums)
+    def add(batch: Batch, sums: dict[str, Tensor]) -> Sums | None:
+        return add_fisher(
+            model, batch, lambda part: task.forward(model, part).logits(), kind=kind, seed=task.seed, into=sums
+        )
 
     return mean_over_examples(model, task, add, num_samples=num_samples)
 
@@ -123,7 +134,7 @@ def output_sensitivity(model: nn.Module, task: Passes, *, num_samples: int = 200
         logits = at_least_float(task.forward(model, batch).logits())  # (num_targets, vocabulary)
         return batch.weights.to(logits.dtype) * logits.square().sum(dim=-1)
 
-    def add(batch: Batch, sums: dict[str, Tensor]) -> None:
-        absolute_gradients(model, batch, squared_length, into=sums)
+    def add(batch: Batch, sums: dict[str, Tensor]) -> Sums:
+        return absolute_gradients(model, batch, squared_length, into=sums)
 
     return mean_over_examples(model, task, add, num_samples=num_samples)

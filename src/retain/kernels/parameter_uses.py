@@ -5,18 +5,20 @@ parameter's detached value instead. Two things follow. Backward computes no grad
 activations. And what was missed shows: after the forward pass the loss must not depend on any trained parameter.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from retain.types import Batch
 
-__all__ = ["RULES", "Layout", "ParameterUses", "Source", "Use"]
+__all__ = ["Layout", "ParameterUses", "Rule", "Source", "Use", "is_vector"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,18 @@ class Layout:
     Args:
         order: positions sorted by document, padding left out; None where they lie so already.
         counts: positions of each document.
+        by_row: is each row one document, in order? Then `counts` are its first positions, those behind are padding.
     """
 
     order: Tensor | None
     counts: list[int]
+    by_row: bool = False
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
-        """(..., n) as one (positions, n) a document."""
+        """(..., n) as one (positions, n) a document; views where they can be."""
+        if self.by_row:
+            rows = values.flatten(1, -2) if values.dim() > 2 else values[:, None]
+            return [row[:count] for row, count in zip(rows, self.counts, strict=True)]
         flat = values.reshape(-1, values.shape[-1])
         return (flat if self.order is None else flat[self.order]).split(self.counts)
 
@@ -66,37 +73,34 @@ Contribution = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 left[position] outer right[position]. For an embedding left is row numbers, (..., 1); for a vector it is None."""
 
 
+Rule = Callable[..., Any]
+"""Called with `ParameterUses` and a function's arguments: the function's output, or None where it does not know."""
+
+
 @dataclass
 class Use:
     """One call of a function with a source among its arguments.
 
     Args:
         source: the source.
-        layout: of the positions of input and output.
-        input: the other argument.
-        version: of the input, as autograd counts its changes in place.
-        contribution: turns the output's gradient into `left` and `right`.
-        left, right: one (positions, n) a document, once the gradient is here.
+        left, right: one (positions, n) a document, once the gradient of the output is here.
+        whole: instead of them, what gives some documents' gradients, (documents, *shape).
     """
 
     source: Source
-    layout: Layout
-    input: Tensor
-    version: int
-    contribution: Contribution
     left: Sequence[Tensor] = ()
     right: Sequence[Tensor] = ()
+    whole: Callable[[range], Tensor] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Is the gradient here?"""
+        return bool(self.right) or self.whole is not None
 
     @property
     def is_lookup(self) -> bool:
         """Is `left` row numbers and not values?"""
         return bool(self.left) and not self.left[0].is_floating_point()
-
-    def receive(self, gradient: Tensor) -> None:
-        """Take the gradient of the output."""
-        left, right = self.contribution(gradient)
-        self.left = () if left is None else self.layout.split(left)
-        self.right = self.layout.split(right)
 
 
 class ParameterUses(TorchFunctionMode):
@@ -107,33 +111,60 @@ class ParameterUses(TorchFunctionMode):
         batch: tells the documents. Activations are (rows, length, ...), (rows, heads, length, ...),
             (rows * length, ...) or (num_targets, ...).
         complete: called during backward with all uses of a parameter, when the last one has its gradient.
+        rules: how each function uses parameters.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], batch: Batch, complete: Callable[[Sequence[Use]], None]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        complete: Callable[[Sequence[Use]], None],
+        rules: Mapping[Callable[..., Any], Rule],
     ) -> None:
         super().__init__()
-        self.batch, self.complete = batch, complete
+        self.batch, self.complete, self.rules = batch, complete, rules
         self.sources = {id(p): Source(name, p, p, p) for name, p in parameters.items()}
         self.uses: dict[str, list[Use]] = {}
+        self.inputs: list[tuple[str, Tensor, int]] = []  # what met each, and how often it had been changed in place
+        self.running: list[nn.Module] = []
+        self.strangers: dict[str, set[nn.Module]] = defaultdict(set)  # where each met a function that no rule knows
         self.layouts: dict[tuple[int, ...], Layout | None] = {}
         documents = batch.documents
         longest = documents.amax(dim=1, keepdim=True)
         self.one_a_row = bool(((documents == longest) | (documents < 0)).all())
+        self.two_halves = "decoder_input_ids" in batch.inputs  # the documents' places are then the decoder's alone
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
-            rule = RULES.get(func)
+            rule = self.rules.get(func)
             if rule is not None and (output := rule(self, *args, **kwargs)) is not None:
                 return output
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             sources = [source for value in tensors if (source := self.find(value)) is not None]
             if len(sources) == 1 and not any(t.requires_grad for t in tensors if t is not sources[0].value):
                 return self.derive(sources[0], func, args, kwargs)
+            for source in sources:
+                self.strangers[source.name].update(self.running[-1:])
         return func(*args, **kwargs)
+
+    def __enter__(self) -> Self:
+        self.handles = (
+            register_module_forward_pre_hook(lambda module, _: self.running.append(module)),
+            register_module_forward_hook(lambda *_: self.left(), always_call=True),
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*error)
+
+    def left(self) -> None:
+        """A module is done."""
+        self.running.pop()
 
     def find(self, value: object) -> Source | None:
         """The source that this very tensor is."""
@@ -148,6 +179,7 @@ class ParameterUses(TorchFunctionMode):
         if made is source.made:
             return source.value
         if not isinstance(made, Tensor) or not made.requires_grad or not is_vector(made):
+            self.strangers[source.name].update(self.running[-1:])
             return made
         value = made.detach().requires_grad_()
         self.sources[id(value)] = Source(source.name, source.parameter, value, made)
@@ -157,8 +189,21 @@ class ParameterUses(TorchFunctionMode):
         """The documents of an activation's positions, from its shape without the last dimension; None if unknown."""
         if leading not in self.layouts:
             owners = self.owners(leading)
-            self.layouts[leading] = None if owners is None else layout_of(owners, len(self.batch.examples))
+            layout = None if owners is None else layout_of(owners, len(self.batch.examples))
+            self.layouts[leading] = self.by_row(leading) or layout
         return self.layouts[leading]
+
+    def by_row(self, leading: tuple[int, ...]) -> Layout | None:
+        """The layout of activations whose rows are the documents, in order; None if they are not."""
+        documents = self.batch.documents
+        rows, length = documents.shape
+        own = torch.arange(rows, device=documents.device)
+        if not self.one_a_row or leading[:1] != (rows,) or not bool((documents.amax(dim=1) == own).all()):
+            return None
+        places = torch.arange(1, length + 1, device=documents.device)
+        lengths = ((documents >= 0) * places).amax(dim=1).tolist()
+        whole = leading != (rows, length) or self.two_halves
+        return Layout(None, [math.prod(leading[1:])] * rows if whole else lengths, by_row=True)
 
     def owners(self, leading: tuple[int, ...]) -> Tensor | None:
         """(positions,), the document of each position; -1 for padding."""
@@ -168,6 +213,8 @@ class ParameterUses(TorchFunctionMode):
             known = documents.amax(dim=1)  # (rows,), whatever the other dimensions are
         elif leading == targets.shape:
             known = targets  # (num_targets,), the output head's
+        elif self.two_halves:
+            return None
         elif leading == (rows * length,):
             known = documents.flatten()
         elif leading[:2] == (rows, length) and leading[2:] != (length,):
@@ -178,29 +225,42 @@ class ParameterUses(TorchFunctionMode):
             return None
         return known.reshape(*known.shape, *(1 for _ in leading[known.dim() :])).expand(leading).flatten()
 
+    def are_rows(self, ids: Tensor) -> bool:
+        """Are these numbers, (rows, length), the rows' own or alike in all of them? T5's distances are neither."""
+        if not self.two_halves:
+            return True
+        inputs = [value[:, 1:] for value in self.batch.inputs.values() if value.shape == ids.shape]
+        return torch.equal(ids, ids[:1].expand_as(ids)) or any(torch.equal(value, ids[:, 1:]) for value in inputs)
+
     def tap(self, output: Tensor, layout: Layout, input: Tensor, *wanted: tuple[Source | None, Contribution]) -> Tensor:
         """Record the uses that gave an output, and wait for its gradient."""
-        version = input._version  # pyright: ignore[reportPrivateUsage]
-        uses = [Use(source, layout, input, version, contribution) for source, contribution in wanted if source]
-        for use in uses:
-            self.uses.setdefault(use.source.name, []).append(use)
         if not output.requires_grad:
             output = output.requires_grad_().clone()  # a clone: a leaf must not be changed in place
+        output.register_hook(self.record(layout, input, *wanted))
+        return output
+
+    def record(
+        self, layout: Layout, input: Tensor, *wanted: tuple[Source | None, Contribution]
+    ) -> Callable[[Tensor], None]:
+        """Record uses; what is returned takes the gradient of their output."""
+        uses = [(Use(source), contribution) for source, contribution in wanted if source]
+        for use, _ in uses:
+            self.uses.setdefault(use.source.name, []).append(use)
+            self.inputs.append((use.source.name, input, input._version))  # pyright: ignore[reportPrivateUsage]
 
         def receive(gradient: Tensor) -> None:
-            for use in uses:
-                use.receive(gradient)
-                if all(other.right for other in self.uses[use.source.name]):
+            for use, contribution in uses:
+                left, right = contribution(gradient)
+                use.left = () if left is None else layout.split(left)
+                use.right = layout.split(right)
+                if all(other.is_known for other in self.uses[use.source.name]):
                     self.complete(self.uses.pop(use.source.name))
 
-        output.register_hook(receive)
-        return output
+        return receive
 
     def missed(self, total: Tensor) -> set[str]:
         """The parameters that the loss still depends on, or that met an input which was overwritten since."""
-        uses = [use for recorded in self.uses.values() for use in recorded]
-        changed = [use for use in uses if use.input._version != use.version]  # pyright: ignore[reportPrivateUsage]
-        names = {use.source.name for use in changed}
+        names = {name for name, input, version in self.inputs if input._version != version}  # pyright: ignore[reportPrivateUsage]
         seen: set[Any] = set()
         nodes: list[Any] = [total.grad_fn]
         while nodes:
@@ -216,7 +276,7 @@ class ParameterUses(TorchFunctionMode):
     def finish(self) -> None:
         """Complete what got only some of its gradients: the other uses did not reach the loss."""
         for uses in self.uses.values():
-            if reached := [use for use in uses if use.right]:
+            if reached := [use for use in uses if use.is_known]:
                 self.complete(reached)
         self.uses.clear()
 
@@ -232,110 +292,3 @@ def layout_of(owners: Tensor, num_documents: int) -> Layout:
     if padding == 0 and bool((owners.diff() >= 0).all()):
         return Layout(None, counts)
     return Layout(torch.argsort(owners, stable=True)[padding:], counts)
-
-
-def value_of(value: Tensor | None, source: Source | None) -> Tensor | None:
-    """The argument for the real call: a source's without its graph."""
-    return value if value is None or source is None else value.detach()
-
-
-def _linear(uses: ParameterUses, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    w, b = uses.find(weight), uses.find(bias)
-    if (w is None and b is None) or (layout := uses.layout(input.shape[:-1])) is None:
-        return None
-    output = F.linear(input, weight.detach() if w else weight, value_of(bias, b))
-    return uses.tap(output, layout, input, (w, lambda g: (g, input.detach().to(g.dtype))), (b, lambda g: (None, g)))
-
-
-def _addmm(uses: ParameterUses, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: float) -> Tensor | None:
-    b, w = uses.find(input), uses.find(mat2)
-    if (w is None and b is None) or scales or input.dim() != 1 or (layout := uses.layout(mat1.shape[:-1])) is None:
-        return None
-    output = torch.addmm(input.detach() if b else input, mat1, mat2.detach() if w else mat2)
-    return uses.tap(output, layout, mat1, (w, lambda g: (mat1.detach().to(g.dtype), g)), (b, lambda g: (None, g)))
-
-
-def _embedding(
-    uses: ParameterUses,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor | None:
-    source, rows = uses.find(weight), len(uses.batch.documents)
-    if source is None or max_norm is not None or scale_grad_by_freq:
-        return None
-    if len(input) == 1 < rows and uses.one_a_row:
-        input = input.expand(rows, *input.shape[1:])  # positions that all rows share
-    if (layout := uses.layout(input.shape)) is None:
-        return None
-
-    def contribution(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        if padding_idx is not None:  # torch gives its row no gradient
-            gradient = gradient.masked_fill((input == padding_idx % len(weight))[..., None], 0)
-        return input[..., None], gradient
-
-    return uses.tap(F.embedding(input, weight.detach()), layout, input, (source, contribution))
-
-
-def _layer_norm(
-    uses: ParameterUses,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    w, b = uses.find(weight), uses.find(bias)
-    if (w is None and b is None) or len(normalized_shape) != 1 or (layout := uses.layout(input.shape[:-1])) is None:
-        return None
-
-    def normalized(gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient * F.layer_norm(input.detach(), list(normalized_shape), eps=eps)
-
-    output = F.layer_norm(input, list(normalized_shape), value_of(weight, w), value_of(bias, b), eps)
-    return uses.tap(output, layout, input, (w, normalized), (b, lambda g: (None, g)))
-
-
-def _rms_norm(
-    uses: ParameterUses,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor | None:
-    source = uses.find(weight)
-    if source is None or len(normalized_shape) != 1 or (layout := uses.layout(input.shape[:-1])) is None:
-        return None
-
-    def normalized(gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient * F.rms_norm(input.detach(), list(normalized_shape), eps=eps)
-
-    output = F.rms_norm(input, list(normalized_shape), value_of(weight, source), eps)
-    return uses.tap(output, layout, input, (source, normalized))
-
-
-def _multiply(uses: ParameterUses, input: Any, other: Any) -> Tensor | None:
-    vector, values = (other, input) if uses.find(input) is None else (input, other)
-    source = uses.find(vector)
-    if source is None or not is_vector(vector) or not isinstance(values, Tensor) or uses.find(values) is not None:
-        return None
-    shape = torch.broadcast_shapes(values.shape, vector.shape)
-    if shape[-1] != vector.numel() or (layout := uses.layout(shape[:-1])) is None:
-        return None
-    return uses.tap(values * vector.detach(), layout, values, (source, lambda g: (None, g * values.detach())))
-
-
-RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.addmm: _addmm,
-    torch.mul: _multiply,
-    Tensor.mul: _multiply,
-}
-"""How each function uses its parameters: the output with its uses recorded, or None where the rule does not know."""

@@ -15,9 +15,11 @@ from retain.parameters import local, trainable
 
 __all__ = [
     "Pull",
+    "add_displacements",
     "add_penalty",
     "add_quadratic",
     "blocks",
+    "copy_all",
     "merged",
     "normalised",
     "placed",
@@ -73,13 +75,45 @@ def add_quadratic(pieces: Iterable[tuple[Tensor, ...]], *, scale: float, gradien
         gradient: False to leave the gradients alone.
     """
     values: list[Tensor] = []
-    for weights, gradients, fishers, anchors in blocks(pieces):
-        differences = weights - anchors
-        pulls = differences * fishers
+    for weights, totals, fishers, anchors in groups(blocks(pieces)):
+        differences = torch._foreach_sub(weights, anchors)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        pulls = torch._foreach_mul(differences, fishers)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         if gradient:
-            gradients.add_(pulls, alpha=scale)
-        values.append(torch.dot(pulls.flatten(), differences.flatten()))
+            torch._foreach_add_(totals, pulls, alpha=scale)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_mul_(pulls, differences)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        values += [pull.sum() for pull in pulls]
     return torch.stack(values).sum() * (scale / 2)
+
+
+def add_displacements(pieces: Iterable[tuple[Tensor, ...]]) -> None:
+    """Add gradient * (before - now) to paths, in place; `before` is overwritten.
+
+    Args:
+        pieces: (path, gradient, before, now) of each parameter.
+    """
+    for paths, gradients, before, now in groups(blocks(pieces)):
+        torch._foreach_sub_(before, now)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_addcmul_(paths, gradients, before)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into the tensor at its place."""
+    if into:
+        torch._foreach_copy_([local(t) for t in into], [local(t) for t in values])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def groups(pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
+    """Pieces of about `ELEMENTS_AT_ONCE` entries together, as columns: small weights cost less than calls do."""
+    group: list[tuple[Tensor, ...]] = []
+    size = 0
+    for piece in pieces:
+        if group and size + piece[-1].numel() > ELEMENTS_AT_ONCE:
+            yield [list(column) for column in zip(*group, strict=True)]
+            group, size = [], 0
+        group.append(piece)
+        size += piece[-1].numel()
+    if group:
+        yield [list(column) for column in zip(*group, strict=True)]
 
 
 def blocks(pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

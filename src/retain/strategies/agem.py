@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retain import distributed
 from retain.data.memory import Reservoir
-from retain.parameters import evaluating, trainable
+from retain.parameters import differentiating, trainable
 from retain.strategies.strategy import State, Strategy, TaskView
 from retain.types import Example
 
@@ -101,7 +101,7 @@ def gradients_of(model: nn.Module, task: TaskView, examples: Sequence[Example]) 
     """
     moving = trainable(model)
     sums = {name: torch.zeros_like(parameter) for name, parameter in moving.items()}
-    with evaluating(model), torch.enable_grad():
+    with differentiating(model):
         for batch in task.batches(examples):
             loss = task.loss(task.forward(model, batch), batch)
             gradients = torch.autograd.grad(loss, list(moving.values()), allow_unused=True, materialize_grads=True)

@@ -22,14 +22,12 @@ from torch.nn import functional as F
 from retain import distributed
 from retain.data.memory import Reservoir, Selection
 from retain.data.mixing import Mixture
-from retain.parameters import evaluating
+from retain.kernels.chunks import rows_at_once, slices, summed_in_chunks
+from retain.parameters import evaluating, trainable
 from retain.strategies.strategy import ModelOutputs, State, Strategy, TaskView
 from retain.types import Batch, Example
 
 __all__ = ["DER"]
-
-TOKENS_PER_PASS = 1024
-"""Tokens of a pass whose logits are stored: they exist whole, so it must be smaller than a training pass."""
 
 
 @dataclass
@@ -46,8 +44,7 @@ class DER(Strategy):
         selection: which rows are kept; see `Replay`.
 
     Memory: the rows' text, and 6 bytes for each stored logit (float16, with its token as int32): 192 bytes a trained
-    token at 32, so 1000 rows of 100 trained tokens take 19 MB. During a pass with old rows in it, the logits of its
-    counted targets, (num_targets, vocabulary).
+    token at 32, so 1000 rows of 100 trained tokens take 19 MB. The logits of a pass exist for some targets at a time.
     """
 
     name: ClassVar[str] = "der"
@@ -84,16 +81,22 @@ class DER(Strategy):
         if not rows or (not self.alpha and self.beta == 1):
             return None
         places, stored, tokens = self._lined_up(batch, rows)
-        logits = outputs.logits()[places]  # (old targets, vocabulary)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = batch.weights[places]
-        known = len(stored)
-        squares = (logits[:known].gather(1, tokens) - stored).square().mean(dim=1)
-        term = self.alpha * (weights[:known] * squares).sum()
-        if self.beta != 1:
-            nats = F.cross_entropy(logits, batch.targets[batch.counted][places], reduction="none")
-            term = term + (self.beta - 1) * (weights * nats).sum()
-        return term
+        weights, targets = batch.weights[places], batch.targets[batch.counted][places]
+
+        def term(rows: Tensor, part: slice) -> Tensor:
+            logits = outputs.head(rows)  # (rows, vocabulary)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            known = len(stored[part])  # those come first
+            squares = (logits[:known].gather(1, tokens[part]) - stored[part]).square().mean(dim=1)
+            value = self.alpha * (weights[part][:known] * squares).sum()
+            if self.beta == 1:
+                return value
+            nats = F.cross_entropy(logits, targets[part], reduction="none")
+            return value + (self.beta - 1) * (weights[part] * nats).sum()
+
+        hidden = outputs.hidden[places]  # (old targets, width)
+        size = rows_at_once(hidden, outputs.head)
+        return summed_in_chunks(term, hidden, list(trainable(model).values()), chunk=size)
 
     def after_task(self, model: nn.Module, task: TaskView) -> None:
         """Offer the task's rows to the memory, and store the logits of those that came in."""
@@ -144,14 +147,27 @@ class DER(Strategy):
         widest = min([self.top_k, *(values.shape[1] for values, _ in self.logits.values())])  # one for all rows
         mine: dict[str, tuple[Tensor, Tensor]] = {}
         with evaluating(model):
-            for batch in task.batches(examples, max_tokens=TOKENS_PER_PASS):
-                logits = task.forward(model, batch).logits()  # (num_targets, vocabulary)
-                values, tokens = logits.topk(min(widest, logits.shape[1]))
+            for batch in task.batches(examples):
+                values, tokens = largest(task.forward(model, batch), widest)
                 mine |= dict(_by_row(batch, values.half().cpu(), tokens.int().cpu()))
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for part in distributed.gather_objects(mine):
             found |= part
         return found
+
+
+def largest(outputs: ModelOutputs, num: int) -> tuple[Tensor, Tensor]:
+    """(num_targets, num), the largest logits of each target and their tokens, some targets at a time."""
+    hidden = outputs.hidden
+    if not len(hidden):
+        return hidden.new_empty(0, num), torch.empty(0, num, dtype=torch.long, device=hidden.device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for part in slices(len(hidden), rows_at_once(hidden, outputs.head)):
+        logits = outputs.head(hidden[part])  # (rows, vocabulary)
+        values, tokens = logits.topk(min(num, logits.shape[1]))
+        found.append((values, tokens))
+    values, tokens = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(tokens)
 
 
 def _by_row(batch: Batch, values: Tensor, tokens: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:

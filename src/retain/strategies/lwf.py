@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from retain.kernels.chunks import rows_at_once, summed_in_chunks
 from retain.kernels.distillation import distillation_nats
-from retain.parameters import copied, evaluating, swapped
+from retain.parameters import copied, evaluating, swapped, trainable
 from retain.strategies.strategy import ModelOutputs, State, Strategy, TaskView
 from retain.types import Batch
 
@@ -41,8 +42,8 @@ class LwF(Strategy):
             (replayed or generated), so that the new task itself is not held back. All is the default: the teacher knows
             old rows best, and without a memory there are none.
 
-    Costs a forward pass without gradients for each one with, and the logits of both at the counted targets: two
-    tensors of (num_targets, vocabulary) beside the network. Memory: a copy of what moves; none for the base model
+    Costs a forward pass without gradients for each one with. The logits of both exist for some targets at a time.
+    Memory: a copy of what moves; none for the base model
     where the method can detach. Between tasks a copy is kept on disk only of the base model: the previous one's
     weights are the lineage's.
     """
@@ -79,12 +80,19 @@ class LwF(Strategy):
         wanted = self._wanted(batch)
         if not wanted.any():
             return None
-        with self._teaching(model, self.task) as teacher:
-            theirs = self.task.forward(teacher, batch).logits()  # (num_targets, vocabulary)
-        ours, weights = outputs.logits(), batch.weights
-        if not wanted.all():
-            ours, theirs, weights = ours[wanted], theirs[wanted], weights[wanted]
-        return self.strength * (weights * distillation_nats(ours, theirs, temperature=self.temperature)).sum()
+        task = self.task
+        with self._teaching(model, task) as teacher:
+            theirs = task.forward(teacher, batch)
+        ours, known, weights = outputs.hidden[wanted], theirs.hidden[wanted], batch.weights[wanted]
+
+        def term(rows: Tensor, part: slice) -> Tensor:
+            with self._teaching(model, task):  # its head may be another one
+                expected = theirs.head(known[part])  # (rows, vocabulary)
+            nats = distillation_nats(outputs.head(rows), expected, temperature=self.temperature)
+            return (weights[part] * nats).sum()
+
+        size = rows_at_once(known, theirs.head)
+        return self.strength * summed_in_chunks(term, ours, list(trainable(model).values()), chunk=size)
 
     def after_task(self, model: nn.Module, task: TaskView) -> None:
         """The previous model's copy has done its work; the base model's stays."""

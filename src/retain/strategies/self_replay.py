@@ -26,15 +26,13 @@ from torch import Tensor, nn
 
 from retain import distributed
 from retain.data.self_text import write_self_text
+from retain.kernels.chunks import rows_at_once, slices, summed_in_chunks
 from retain.kernels.coarse_kl import coarse_kl, coarsened, likeliest
-from retain.parameters import evaluating, trainable
+from retain.parameters import differentiating, evaluating, trainable
 from retain.strategies.strategy import State, Strategy, TaskView
 from retain.types import Batch, Example
 
 __all__ = ["SelfReplay"]
-
-TOKENS_PER_PASS = 1024
-"""Of the texts, so that the logits of a large vocabulary fit beside the model."""
 
 
 @dataclass
@@ -56,6 +54,7 @@ class SelfReplay(Strategy):
 
     name: ClassVar[str] = "self_replay"
     reference: ClassVar[str] = "https://arxiv.org/abs/2605.26097"
+    writes: ClassVar[bool] = True
 
     num: int = 64
     coefficient: float = 10.0
@@ -106,8 +105,8 @@ class SelfReplay(Strategy):
         gradients = [torch.zeros_like(parameter) for parameter in moving]
         total = torch.zeros((), dtype=torch.float64)
         count = 0
-        with evaluating(model), torch.enable_grad():
-            for batch in self.task.batches(texts, max_tokens=TOKENS_PER_PASS):
+        with differentiating(model):
+            for batch in self.task.batches(texts):
                 nats = self._nats(model, self.task, batch)
                 parts = cast("Sequence[Tensor | None]", torch.autograd.grad(nats, moving, allow_unused=True))
                 for gradient, part in zip(gradients, parts, strict=True):
@@ -179,11 +178,15 @@ class SelfReplay(Strategy):
         outputs = task.forward(model, batch)
         if self.target == "tokens":
             return task.loss(outputs, batch)
-        logits = outputs.logits()  # (num_targets, vocabulary)
         where = torch.cat(list(self._positions(batch)))
-        ids, log_p, rest = (tensor[where].to(logits.device) for tensor in self.kept)
-        log_q, log_q_rest = coarsened(logits, ids.long())
-        return coarse_kl(log_p, rest, log_q, log_q_rest).sum()
+        ids, log_p, rest = (tensor[where].to(outputs.hidden.device) for tensor in self.kept)
+
+        def term(rows: Tensor, part: slice) -> Tensor:
+            log_q, log_q_rest = coarsened(outputs.head(rows), ids[part].long())
+            return coarse_kl(log_p[part], rest[part], log_q, log_q_rest).sum()
+
+        size = rows_at_once(outputs.hidden, outputs.head)
+        return summed_in_chunks(term, outputs.hidden, list(trainable(model).values()), chunk=size)
 
     def _positions(self, batch: Batch) -> Iterator[Tensor]:
         """Where the predictions for each of the batch's targets are; a text that was cut has lost its last ones."""
@@ -200,8 +203,11 @@ class SelfReplay(Strategy):
         """What `likeliest` keeps at each target of each text; a text without a target is left out."""
         found: dict[Example, tuple[Tensor, ...]] = {}
         with evaluating(model):
-            for batch in task.batches(texts, max_tokens=TOKENS_PER_PASS):
-                ids, log_p, rest = likeliest(task.forward(model, batch).logits(), self.top)
+            for batch in task.batches(texts):
+                outputs = task.forward(model, batch)
+                parts = slices(len(outputs.hidden), rows_at_once(outputs.hidden, outputs.head))
+                pieces = [likeliest(outputs.head(outputs.hidden[part]), self.top) for part in parts]
+                ids, log_p, rest = (torch.cat(column) for column in zip(*pieces, strict=True))
                 columns = [part.cpu().split(_sizes(batch)) for part in (ids.int(), log_p.float(), rest.float())]
                 found |= dict(zip(batch.examples, zip(*columns, strict=True), strict=True))
         whole: dict[Example, tuple[Tensor, ...]] = {}

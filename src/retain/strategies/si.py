@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.kernels.importance import diagonal_fisher
-from retain.kernels.quadratic import add_penalty, blocks, merged, normalised, placed, weights_of
+from retain.kernels.quadratic import add_displacements, add_penalty, copy_all, merged, normalised, placed, weights_of
 from retain.parameters import local, trainable
 from retain.strategies.strategy import State, Strategy, TaskView
 
@@ -65,15 +65,13 @@ class SI(Strategy):
         self.start: dict[str, Tensor] = {}  # where it began, for weights that have no anchor yet
         self.before: dict[str, Tensor] = {}  # the weights and gradients of the step that is being taken
         self.gradients: dict[str, Tensor] = {}
-        self.watched: list[str] = []
+        self.watched: dict[str, nn.Parameter] = {}  # what has a gradient in it
 
     @torch.no_grad()
     def edit_gradients(self, model: nn.Module) -> None:
         """Note the weights and the data loss's gradients: unclipped, and without the penalty's."""
-        self.watched = []
-        for name, parameter in trainable(model).items():
-            if parameter.grad is None:
-                continue
+        self.watched = {name: value for name, value in trainable(model).items() if value.grad is not None}
+        for name, parameter in self.watched.items():
             if name not in self.path:
                 anchor = self.anchors.get(name)
                 if anchor is None or anchor.shape != parameter.shape:
@@ -83,21 +81,18 @@ class SI(Strategy):
             if name not in self.before:
                 self.before[name] = torch.empty_like(parameter)
                 self.gradients[name] = torch.empty_like(parameter)
-            self.before[name].copy_(parameter)
-            self.gradients[name].copy_(parameter.grad)
-            self.watched.append(name)
+        copy_all([self.before[name] for name in self.watched], list(self.watched.values()))
+        gradients = [parameter.grad for parameter in self.watched.values() if parameter.grad is not None]
+        copy_all([self.gradients[name] for name in self.watched], gradients)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, learning_rate: float) -> None:
         """Add -g * displacement to the path: what the optimizer did, whatever it is."""
-        parameters = trainable(model)
-        pieces = (
-            tuple(local(t) for t in (self.path[name], self.gradients[name], self.before[name], parameters[name]))
-            for name in self.watched
+        add_displacements(
+            tuple(local(t) for t in (self.path[name], self.gradients[name], self.before[name], parameter))
+            for name, parameter in self.watched.items()
         )
-        for path, gradient, before, now in blocks(pieces):
-            path.addcmul_(gradient, before.sub_(now))
-        self.watched = []
+        self.watched = {}
 
     def add_penalty(self, model: nn.Module) -> Tensor | None:
         """Add strength * Omega * (theta - anchor) to the gradients; twice that in the authors' units."""
@@ -137,7 +132,7 @@ class SI(Strategy):
         return {name: self.path[name].clamp(min=0).div_(squares[name].add_(damping)) for name in parameters}
 
     def _forget_task(self) -> None:
-        self.path, self.start, self.before, self.gradients, self.watched = {}, {}, {}, {}, []
+        self.path, self.start, self.before, self.gradients, self.watched = {}, {}, {}, {}, {}
 
     def state_dict(self) -> State:
         """Importance and anchors, and of a task that is being learned its path so far."""
