@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from retain.errors import CompatibilityError
 from retain.methods.full import Full
 from retain.models.decoder import DecoderFamily
+from retain.models.ngram import NGramFamily
 from retain.parameters import trainable
 
 IDS = torch.arange(5, 15)[None]
@@ -38,6 +39,7 @@ def test_there_is_no_base_to_go_back_to(llama: torch.nn.Module) -> None:
     with pytest.raises(CompatibilityError):
         Full().weight_changes(llama)
     assert Full().supports(DecoderFamily()) is None
+    assert Full().supports(NGramFamily()) is None
 
 
 def test_no_module_can_be_put_beside_the_base(llama: torch.nn.Module) -> None:

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from retain.errors import CompatibilityError, LineageError
-from retain.methods.prompt import Prompt, seen
+from retain.methods.prompt import Prompt
 from retain.models.causal import likelihoods
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
-from retain.models.tree import reads_trees, tree_likelihoods
+from retain.models.tree import grow_trees, reads_trees, tree_likelihoods
 from retain.parameters import trainable
 
 IDS = torch.arange(5, 15)[None]
@@ -108,16 +108,9 @@ def test_likelihoods_of_trees_and_rows_agree(llama: nn.Module) -> None:
     shake(model)
     model.eval()
     pairs = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([5, 6, 7], [11, 12, 13])]
-    assert reads_trees(model, pairs, [0, 1], pad_id=0)
-    tree = tree_likelihoods(model, pairs, [[0, 1, 2]], pad_id=0)
-    torch.testing.assert_close([tree[i] for i in range(3)], likelihoods(model, pairs, pad_id=0), rtol=1e-4, atol=1e-4)
-
-
-def test_masks() -> None:
-    assert seen(torch.tensor([[1, 0]]), 2, first=True).tolist() == [[1, 1, 1, 0]]
-    mask = torch.tensor([[[[True, False], [False, True]]]])
-    assert seen(mask, 1, first=True)[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    assert seen(mask, 1, first=False)[0, 0].int().tolist() == [[1, 1, 0], [1, 0, 1]]
+    assert reads_trees(model, pairs, pad_id=0)
+    tree = tree_likelihoods(model, pairs, grow_trees(pairs), pad_id=0)
+    torch.testing.assert_close(tree, likelihoods(model, pairs, pad_id=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["vocabulary", "random"])

@@ -29,13 +29,16 @@ from torch.nn.utils.rnn import PackedSequence
 from retain.errors import CompatibilityError, ConfigError, LineageError
 from retain.kernels.low_rank import LowRank
 from retain.models.family import Family, pretrained
+from retain.models.new_heads import let_heads_train, trained_heads
 from retain.parameters import freeze
 
 __all__ = ["Adapter"]
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")
-ATTENTION = ("self_attn", "attn", "self_attention", "attention")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "DenseReluDense", "fc2", "output")
+ATTENTION = (
+    "self_attn", "attn", "self_attention", "attention", "encoder_attn", "SelfAttention", "EncDecAttention",
+)  # fmt: skip
 FIRST = "default"
 """The name of the adapter that `apply` makes."""
 
@@ -81,13 +84,14 @@ class Adapter:
             ConfigError: if the model has no such place.
         """
         self._make_places(model)
-        return self.extend(model, FIRST)
+        return let_heads_train(self.extend(model, FIRST))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """All adapters as safetensors, and what they are as `adapter_config.json`."""
         place = places(model)[0]
         columns = {name: place.column(name).reads for name in place.columns}
         prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Place))
+        prefixes += trained_heads(model)
         values = {k: v.detach().cpu() for k, v in model.named_parameters() if k.startswith(prefixes)}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -108,6 +112,7 @@ class Adapter:
                 self.extend(model, name)
         for place in places(model):
             place.requires_grad_(True)
+        let_heads_train(model)
         saved = load_file(folder / "adapter_model.safetensors")
         present = dict(model.named_parameters())
         wrong = [name for name, value in saved.items() if name not in present or present[name].shape != value.shape]

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight moves."""
+"""Full fine-tuning: every weight moves; of a model that counts, every count."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -26,12 +26,8 @@ class Full:
     can_extend: ClassVar[bool] = False
 
     def supports(self, family: Family) -> str | None:
-        """Every family that learns by gradients."""
-        return (
-            None
-            if family.needs_gradients
-            else f"family {family.name!r} is fitted by counting: it has no weights to tune"
-        )
+        """Every family; of one that counts, all counts are learned."""
+        return None
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The model itself, all of it trainable."""
