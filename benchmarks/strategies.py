@@ -13,7 +13,8 @@ results/strategies_STREAM.md.
 import argparse
 import json
 import logging
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ Runs = dict[int, Figures]
 """By seed."""
 
 RATIO = 0.2
-"""Share of replayed tokens, of every strategy that replays, so that they are compared at one cost."""
+"""Share of replayed tokens, of every strategy that replays, so that they are compared at one cost.
+
+Replay alone is tried at higher ones, too."""
 
 
 def link(name: str, **fields: Any) -> dict[str, Any]:
@@ -76,18 +79,24 @@ def strengths(name: str, *values: float, **fields: Any) -> list[Setting]:
     return [one(name, strength=value, **fields) for value in values]
 
 
+def rates(name: str, method: str) -> list[Setting]:
+    """A strategy of small modules beside a frozen base, at the stream's learning rate and at higher ones."""
+    alone = one(name, method)
+    return [alone, *(replace(alone, train={"learning_rate": rate}) for rate in (5e-3, 2e-2))]
+
+
 CANDIDATES: dict[str, list[Setting]] = {
     "sequential": [one("sequential")],
     "joint": [Setting([link("joint")], train={"learning_rate": rate}) for rate in (5e-4, 1e-3, 2e-3)],
     "single_task": [one("single_task")],
-    "replay": [one("replay", ratio=RATIO)],
+    "replay": [one("replay", ratio=ratio) for ratio in (RATIO, 0.4, 0.6)],
     "der": [one("der", ratio=RATIO, alpha=alpha) for alpha in (0.3, 1.0)],
     "agem": [one("agem")],
-    "ewc": strengths("ewc", 1.0, 10.0, 100.0, num_samples=64),
-    "ewc of BA": strengths("ewc", 1.0, 10.0, 100.0, num_samples=64, space="weights"),
-    "si": strengths("si", 1.0, 10.0, 100.0, num_samples=64),
-    "mas": strengths("mas", 1.0, 10.0, 100.0, num_samples=64),
-    "l2": strengths("l2", 0.1, 1.0, 10.0),
+    "ewc": strengths("ewc", 0.01, 0.1, 1.0, 10.0, num_samples=64),
+    "ewc of BA": strengths("ewc", 0.01, 0.1, 1.0, 10.0, num_samples=64, space="weights"),
+    "si": strengths("si", 0.01, 0.1, 1.0, 10.0, num_samples=64),
+    "mas": strengths("mas", 0.01, 0.1, 1.0, 10.0, num_samples=64),
+    "l2": strengths("l2", 0.01, 0.1, 1.0),
     "lwf": strengths("lwf", 0.3, 1.0, 3.0),
     "self_replay": [one("self_replay", ratio=RATIO, coefficient=value) for value in (1.0, 10.0)],
     "lamol": [one("lamol", gamma=RATIO)],
@@ -97,10 +106,10 @@ CANDIDATES: dict[str, list[Setting]] = {
     "ties": [one("ties")],
     "freeze_layers": [one("freeze_layers")],
     "osf": [one("osf")],
-    "olora": [one("olora", "lora")],
-    "progressive": [one("progressive", "adapter")],
+    "olora": rates("olora", "lora"),
+    "progressive": rates("progressive", "adapter"),
     "replay + ewc": [
-        Setting([link("replay", ratio=RATIO), link("ewc", strength=value, num_samples=64)]) for value in (1.0, 10.0)
+        Setting([link("replay", ratio=RATIO), link("ewc", strength=value, num_samples=64)]) for value in (0.1, 1.0)
     ],
     "replay + self_replay": [Setting([link("replay", ratio=RATIO), link("self_replay", ratio=RATIO)])],
     "replay + wise_ft": [Setting([link("replay", ratio=RATIO), link("wise_ft", alpha=0.6)])],
@@ -174,7 +183,7 @@ class Table:
         key = f"{kind} | {name} | {setting} | {seed}"
         if key not in self.results:
             log.info("%s", key)
-            path = self.folder / f"{kind}-{name.replace(' ', '')}-{list(CANDIDATES[name]).index(setting)}-{seed}"
+            path = self.folder / re.sub(r"[^\w.+-]+", "_", key)
             stream = self.stream if kind == "test" else self.tuning
             lineage = run(stream, setting, name, seed, path, self.bases.get((kind, seed)))
             if lineage is not None:

@@ -115,7 +115,7 @@ SMALL: Row = {
     "method": {"name": "full"},
     "tasks": {"intent": INTENT, "language": LANGUAGE, "restaurant": RESTAURANT, "subject": SUBJECT, "other": OTHER},
     "train": {"learning_rate": 1.0e-3, "num_train_epochs": 4, "max_length": 256},
-    "evaluation": {"probes": False, "max_texts": 24, "upcoming": False},
+    "evaluation": {"probes": False, "max_texts": 24, "matrix": "lower"},
 }
 """On the model of pretrain.yaml: `retain train pretrain.yaml`, then `retain export pretrain small`."""
 
@@ -125,7 +125,7 @@ STREAMS: dict[str, Row] = {
         "method": {"name": "lora", "r": 16, "alpha": 32},
         "tasks": {"intent": INTENT, "science": SCIENCE, "topic": TOPIC, "restaurant": RESTAURANT, "cloze": CLOZE},
         "train": {"learning_rate": 1.0e-3, "num_train_epochs": 2, "max_length": 256},
-        "evaluation": {"max_probes": 55, "max_texts": 12, "upcoming": False},
+        "evaluation": {"max_probes": 55, "max_texts": 12, "matrix": "ends"},
     },
     "small": SMALL,
     "small_lora": {

@@ -91,3 +91,30 @@ def test_an_adapter_its_merge_and_the_base(
         export_stage(lineage, tmp_path / "wrong", stage=1, merge=True)
     assert "--merge" in caught.value.hint
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "ia3"},
+        {"name": "oft", "block_size": 8},
+        {"name": "lora", "r": 2, "use_dora": True},
+        {"name": "lora", "r": 2, "init": "pissa"},
+        {"name": "peft", "type": "VERA", "options": {"r": 4}},
+        {"name": "prompt", "num_tokens": 3},
+        {"name": "prefix", "num_tokens": 3},
+        {"name": "p_tuning", "num_tokens": 3, "hidden_size": 8},
+    ],
+    ids=lambda method: "-".join(str(value) for value in method.values() if isinstance(value, str)),
+)
+def test_what_peft_has_loads_in_peft(
+    write_recipe: Recipe, tiny_model: Path, tmp_path: Path, quick: dict[str, Any], method: dict[str, Any]
+) -> None:
+    lineage = trained(write_recipe(method=method, **quick))
+    export_stage(lineage, tmp_path / "to")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "to").eval()
+    length = IDS.shape[1]
+    ours = logits(load_stage(lineage)[0].model)[:, -length:]
+    torch.testing.assert_close(logits(theirs)[:, -length:], ours, rtol=1e-5, atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    assert not torch.equal(ours, logits(base))

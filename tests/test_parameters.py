@@ -6,8 +6,11 @@ import torch
 from torch import nn
 
 from retain.parameters import (
+    Counts,
     cast_frozen,
     copied,
+    device_of,
+    differentiating,
     evaluating,
     freeze,
     known_rows,
@@ -96,6 +99,26 @@ def test_evaluating_restores_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.Linear])
+def test_recurrent_layers_are_differentiated_without_cudnn(kind: Callable[..., nn.Module]) -> None:
+    """cuDNN's backward pass refuses evaluation mode, and says so only on a GPU."""
+    model = nn.Sequential(kind(3, 3)).train()
+    before = torch.backends.cudnn.enabled
+    state = torch.get_rng_state()
+    with torch.no_grad(), differentiating(model) as same:
+        assert same is model
+        assert torch.is_grad_enabled()
+        assert not model.training
+        assert torch.backends.cudnn.enabled == (before and kind is nn.Linear)
+        torch.rand(3)
+    assert torch.backends.cudnn.enabled == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(KeyError), differentiating(model):
+        raise KeyError
+    assert torch.backends.cudnn.enabled == before
+
+
 def test_swapped_shows_the_earlier_model_and_puts_the_later_one_back() -> None:
     model = small().eval()
     x = torch.rand(5, 3)
@@ -159,3 +182,25 @@ def test_an_earlier_models_bf16_copies_do_not_outlive_it() -> None:
         again = model(x)
     assert torch.equal(now, again)
     assert again.requires_grad
+
+
+class Tallies(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0, dtype=torch.int64))
+
+
+def test_counts_take_any_size_and_are_copied_and_put_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Tallies())
+    kept = copied(model)
+    assert set(kept) == {"0.weight", "0.bias", "1.seen"}
+    model[1].seen = torch.arange(5)
+    other = nn.Sequential(nn.Linear(2, 2), Tallies())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other[1].seen, torch.arange(5))
+    assert not other.load_state_dict({"1.seen": torch.arange(3)}, strict=False).unexpected_keys
+    assert other.load_state_dict({}, strict=False).missing_keys[-1] == "1.seen"
+    put_back(model, kept)
+    assert len(model[1].seen) == 0
+    assert copied(Tallies()).keys() == {"seen"}
+    assert device_of(Tallies()) == torch.device("cpu")

@@ -64,12 +64,24 @@ def test_a_recipe_becomes_a_lineage(write_recipe: Recipe) -> None:
     assert lineage.verify() == []
 
 
-def test_tasks_to_come_are_scored_where_asked(write_recipe: Recipe) -> None:
-    evaluation = {"max_probes": 11, "kl": False, "upcoming": False}
-    base, first, last = run(write_recipe(evaluation=evaluation)).record().stages
-    assert {"colour", "animal"} <= base.scores.keys()
-    assert "colour" in first.scores and "animal" not in first.scores
-    assert {"colour", "animal"} <= last.scores.keys()
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [("full", ["abc", "abc", "abc", "abc"]), ("lower", ["abc", "a", "ab", "abc"]), ("ends", ["abc", "a", "b", "abc"])],
+)
+def test_the_matrix_says_what_is_scored(write_recipe: Recipe, matrix: str, expected: list[str]) -> None:
+    recipe = write_recipe(evaluation={"probes": False, "kl": False, "matrix": matrix}, protect_base="off")
+    colour, animal = load_config(recipe).config.tasks
+    config = load_config(recipe).config
+    tasks = (replace(colour, name="a"), replace(animal, name="b"), replace(colour, name="c"))
+    lineage = train(replace(config, tasks=tasks, train=replace(config.train, max_steps=1)))
+    assert ["".join(sorted(stage.scores)) for stage in lineage.record().stages] == expected
+
+
+def test_a_budget_needs_the_scores_between(write_recipe: Recipe) -> None:
+    recipe = write_recipe(evaluation={"matrix": "ends"}, budget={"forgetting": 0.1})
+    with pytest.raises(CompatibilityError) as caught:
+        run(recipe)
+    assert "matrix: ends" in caught.value.problems[0]
 
 
 def test_the_stages_weights_load_in_transformers(write_recipe: Recipe) -> None:

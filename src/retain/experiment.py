@@ -84,14 +84,15 @@ class Experiment:
         """Score the model as it stands: the tasks, and the probes and the KL to the base model where asked.
 
         Args:
-            tasks: where None, those that are learned, and unless the recipe says otherwise those to come.
+            tasks: where None, those of the experiment's that the recipe's `evaluation.matrix` asks for.
             probes: ask them, and measure the KL.
             learned: the tasks learned so far; where the strategy needs names, they are scored once more with their
                 names inferred.
         """
         config = self.config.evaluation
+        probes = probes and self.source.family.generates
         if tasks is None:
-            tasks = [task for task in self.tasks if config.upcoming or task.name in learned or not learned]
+            tasks = self.due(learned)
         with distributed.autocast(self.precision):
             return evaluate(
                 self.strategy.select(self.model, "base"),
@@ -105,6 +106,14 @@ class Experiment:
                 infer=lambda rows: self.strategy.infer_tasks(self.model, self.view("", ()), rows),
                 unnamed=learned if self.strategy.needs_task_name else (),
             )
+
+    def due(self, learned: Sequence[str]) -> list[Task]:
+        """The tasks to score once these are learned, in order; none are: the base model, which is asked all."""
+        matrix = self.config.evaluation.matrix
+        if matrix == "full" or not learned:
+            return self.tasks
+        among = learned if matrix == "lower" or learned[-1] == self.tasks[-1].name else learned[-1:]
+        return [task for task in self.tasks if task.name in among]
 
     def describe(self, started: float, *, rows: Sequence[Example], **more: Any) -> dict[str, Any]:
         """The provenance of a stage that began at `time.perf_counter() == started`."""
@@ -131,9 +140,10 @@ def open_experiment(
     """Load the base model, and on it the weights and the memory of the lineage's head."""
     model, tokenizer = source.load([row for task in tasks for row in task.train], seed=config.train.seed)
     renderer = Renderer(tokenizer, config.model.template)
-    pretrained(model).generation_config.eos_token_id = list(
-        renderer.stop_ids
-    )  # saved with the model: it stops elsewhere too
+    if source.family.generates:  # saved with the model: it stops elsewhere too
+        pretrained(model).generation_config.eos_token_id = list(renderer.stop_ids)
+    head = lineage.stage_folder(lineage.head) / "weights" if lineage.head > 0 else None
+    model = source.family.equip(model, renderer, tasks, seed=config.train.seed, saved=head)
     torch.manual_seed(config.train.seed)  # of a new adapter
     experiment = Experiment(
         config=config,

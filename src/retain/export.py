@@ -10,6 +10,8 @@ from retain.errors import LineageError
 from retain.inference import load_stage
 from retain.lineage import Lineage
 from retain.models.family import pretrained
+from retain.models.ngram import export_arpa
+from retain.parameters import device_of
 
 __all__ = ["export_stage"]
 
@@ -19,6 +21,8 @@ TOLERANCE = 1e-3
 
 def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge: bool = False) -> float:
     """Write a stage with its tokenizer, chat template, stop tokens, and the notice that the base's licence asks for.
+
+    Of an n-gram model, an ARPA file, too.
 
     Args:
         lineage: where it comes from.
@@ -53,9 +57,13 @@ def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge:
         pretrained(model).save_pretrained(to)
     else:
         config.method.save(model, to)
+    if not target.family.generates:  # beside an adapter, too: the names of its head's rows
+        pretrained(model).config.save_pretrained(to)
     tokenizer = target.renderer.tokenizer
     tokenizer.chat_template = target.renderer.chat_template
     tokenizer.save_pretrained(to)
+    if not target.family.needs_gradients:
+        export_arpa(model, tokenizer, to / "model.arpa")
     facts = {
         "lineage": lineage.path.name,
         "stage": lineage.head if stage is None else stage,
@@ -70,4 +78,6 @@ def export_stage(lineage: Lineage, to: Path, *, stage: int | None = None, merge:
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(length, vocabulary), float32."""
-    return model(input_ids=ids.to(next(model.parameters()).device)).logits[0].float()
+    ids = ids.to(device_of(model))
+    halves = {"decoder_input_ids": ids} if pretrained(model).config.is_encoder_decoder else {}
+    return model(input_ids=ids, **halves).logits[0].float()

@@ -76,7 +76,8 @@ def load_base(source: Source, template: str = "auto", *, seed: int = 0) -> tuple
     """A base model and its renderer; the model stops at the renderer's stop tokens."""
     model, tokenizer = source.load((), seed=seed)
     renderer = Renderer(tokenizer, template)
-    pretrained(model).generation_config.eos_token_id = list(renderer.stop_ids)
+    if source.family.generates:
+        pretrained(model).generation_config.eos_token_id = list(renderer.stop_ids)
     return model, renderer
 
 
@@ -91,6 +92,8 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
     folder = lineage.verified_folder(index)
     source = base_source(lineage, config)
     model, renderer = load_base(source, config.model.template, seed=config.train.seed)
+    saved = folder / "weights" if index else None
+    model = source.family.equip(model, renderer, (), seed=config.train.seed, saved=saved)
     if index == 0:
         return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice), config
     line = [info.name for info in lineage.log(index)[1:]]
@@ -124,6 +127,7 @@ def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
         return load_stage(Lineage.open(path), stage)[0]
     source = open_source(target)
     model, renderer = load_base(source)
+    model = source.family.equip(model, renderer, (), seed=0)
     return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice)
 
 
@@ -154,7 +158,7 @@ def score(target: Answering, tasks: Sequence[Task], *, probes: bool = True, seed
     Where each task has a column, a task that was learned is scored by its own, and every task once more as
     `inferred:<task>`; one of another name is scored by the base model.
     """
-    config = EvaluationConfig(probes=probes, kl=False)
+    config = EvaluationConfig(probes=probes and target.family.generates, kl=False)
     with distributed.autocast(distributed.resolve_precision("auto")):
         return evaluate(
             target.for_task("base"), tasks, family=target.family, renderer=target.renderer, config=config, seed=seed,
@@ -175,8 +179,8 @@ def answer(
     with distributed.autocast(distributed.resolve_precision("auto")):
         asked = Example(id="", messages=(*messages, Message("assistant", "")))
         model = target.for_task(task or target.infer_tasks([asked])[0])
-        [text] = target.family.generate(
-            model, target.renderer.tokenizer, [target.renderer.prompt_ids(messages)],
+        [text] = target.family.answer(
+            model, target.renderer, [messages],
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p=0.95),
         )  # fmt: skip
     return text.strip()

@@ -1,18 +1,27 @@
 """The waist between methods and strategies: which parameters move is said by `requires_grad` alone."""
 
+import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Counts",
     "cast_frozen",
     "copied",
+    "device_of",
+    "differentiating",
     "evaluating",
     "freeze",
+    "is_embedding",
     "known_rows",
+    "layer_number",
     "local",
+    "modules_of",
     "num_bytes",
     "put_back",
     "swapped",
@@ -20,9 +29,48 @@ __all__ = [
 ]
 
 
+class Counts(nn.Module):
+    """What a model learns by counting: buffers that take any size, instead of parameters that move."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Take the buffers as they come: other data are other sizes."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if prefix + name in state_dict:
+                setattr(self, name, state_dict[prefix + name].to(buffer.device))
+            else:
+                missing_keys.append(prefix + name)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is, or its first buffer where it has only counts."""
+    return next(chain(model.parameters(), model.buffers())).device
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training may move, by name; tied ones once, under their first name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The parameters that training may move, by name; tied ones once, under their first name.
+
+    As `model.named_parameters()` gives them, in a third of its time: strategies ask several times a step.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        for name, parameter in module._parameters.items():  # pyright: ignore[reportPrivateUsage]
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[prefix + name] = parameter
+        for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -54,8 +102,14 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what moves, by name."""
-    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    """A copy of what moves, or is counted, by name."""
+    counts = {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, module in model.named_modules()
+        if isinstance(module, Counts)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+    return {name: tensor.detach().clone() for name, tensor in (trainable(model) | counts).items()}
 
 
 def known_rows(parameter: Tensor, earlier: Tensor) -> Tensor:
@@ -67,7 +121,12 @@ def known_rows(parameter: Tensor, earlier: Tensor) -> Tensor:
 def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give the model an earlier copy's values; rows that a parameter has grown since stay."""
     for name, value in values.items():
-        known_rows(model.get_parameter(name), value).copy_(value)
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Counts):
+            setattr(module, key, value.clone())
+        else:
+            known_rows(model.get_parameter(name), value).copy_(value)
 
 
 @contextmanager
@@ -113,3 +172,42 @@ def evaluating(model: nn.Module) -> Generator[nn.Module]:
         torch.set_rng_state(state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def differentiating(model: nn.Module) -> Generator[nn.Module]:
+    """Evaluation mode for passes whose gradients are taken.
+
+    cuDNN gives recurrent layers no gradient in evaluation mode; torch's own kernels, which run in its place, do.
+    """
+    enabled: bool = torch.backends.cudnn.enabled
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with evaluating(model), torch.enable_grad():
+        torch.backends.cudnn.enabled = enabled and not recurrent
+        try:
+            yield model
+        finally:
+            torch.backends.cudnn.enabled = enabled
+
+
+LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.|_l(\d+)(?:_reverse)?$")
+"""A layer's number in a parameter's name: `model.layers.3.`, `transformer.h.3.`, `encoder.layer.3.`, `bias_hh_l3`."""
+
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_\w+|\w*embeddings?|wte|wpe|shared)\.")
+"""A parameter of the embeddings: `model.embed_tokens.`, `transformer.wte.`, `embeddings.`, `shared.`"""
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a parameter of this name lies in, from 0; None where it lies in none."""
+    found = LAYER.search(name)
+    return int(found[1] or found[2]) if found else None
+
+
+def is_embedding(name: str) -> bool:
+    """Is the parameter of this name one of the embeddings?"""
+    return bool(EMBEDDING.search(name))
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules that the parameters lie in, each once, with `*` for a layer's number."""
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0] or name) for name in names})

@@ -17,6 +17,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from retain import distributed
 from retain.budget import enforce_budget
@@ -25,10 +26,12 @@ from retain.data.self_text import write_self_text
 from retain.data.tasks import TaskConfig, load_task
 from retain.errors import ConfigError, LineageError
 from retain.evaluation.inferred import inferred_notes
+from retain.evaluation.task_distance import task_distances
 from retain.experiment import Experiment, open_experiment, read_distribution
 from retain.inference import base_source
 from retain.lineage import EARLIER, BaseModel, Lineage
 from retain.models.family import pretrained
+from retain.models.seq2seq import SOURCE_TEMPLATES
 from retain.models.source import Source, open_source
 from retain.storage.files import disk_errors
 from retain.storage.stage import write_record
@@ -39,6 +42,9 @@ from retain.types import Example, StageRecord, Task
 __all__ = ["extend", "train"]
 
 log = logging.getLogger("retain")
+
+UNPROTECTED = "the base model writes no text that could stand for its abilities: `protect_base: FILE` protects it"
+UNMEASURED = "probes and the KL to the base model are not measured: the model writes no text"
 
 
 def train(
@@ -208,6 +214,7 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
     started = time.perf_counter()
     lineage, config = experiment.lineage, experiment.config
     folder = begin(lineage, "base")
+    apart = new_distances(experiment)
     if shared is None:
         log.info("scoring the base model")
         evaluation = experiment.evaluate()
@@ -232,11 +239,9 @@ def learn_base(experiment: Experiment, *, shared: Lineage | None = None) -> None
                 experiment.distribution.save(folder / "distribution.safetensors")
             save_state({"rows": list(rows)}, folder / "base_text")
             save_state(experiment.strategy.state_dict(), folder / "memory")
-        notes = [*experiment.source.notes, *experiment.renderer.notes]
-        lineage.commit(
-            folder,
-            StageRecord(0, "base", scores, answers, provenance=experiment.describe(started, rows=rows, notes=notes)),
-        )
+        notes = [*experiment.source.notes, *experiment.renderer.notes, *silent_notes(experiment)]
+        described = experiment.describe(started, rows=rows, notes=notes, task_distances=apart)
+        lineage.commit(folder, StageRecord(0, "base", scores, answers, provenance=described))
     committed(experiment)
 
 
@@ -256,12 +261,36 @@ def protected_rows(experiment: Experiment) -> tuple[Example, ...]:
         if experiment.source.folder is None:
             log.info("the base model starts from nothing, so there is nothing of it to protect")
             return ()
+        if not experiment.source.family.generates:
+            log.info("%s", UNPROTECTED)
+            return ()
         log.info("the base model writes %d rows that stand for its abilities", config.protect_rows)
         view = experiment.view("base", ())
-        chat = experiment.renderer.tokenizer.chat_template is not None
+        chat = experiment.renderer.tokenizer.chat_template not in (None, *SOURCE_TEMPLATES)
         return write_self_text(experiment.model, view, num=config.protect_rows, seed=config.train.seed, chat=chat)
     entry = TaskConfig(name="base", train=config.protect_base, max_train_rows=config.protect_rows, test_fraction=0.0)
     return tuple(replace(row, source="generated") for row in load_task(entry, seed=config.train.seed).task.train)
+
+
+def silent_notes(experiment: Experiment) -> list[str]:
+    """What is left out for a model that writes no text, one sentence each."""
+    config = experiment.config
+    if experiment.source.family.generates:
+        return []
+    base = config.protect_base == "self" and experiment.source.folder is not None and experiment.strategy.remembers
+    measured = [UNMEASURED] if config.evaluation.probes or config.evaluation.kl else []
+    return [*measured, *([UNPROTECTED] if base else [])]
+
+
+def new_distances(experiment: Experiment) -> list[dict[str, Any]]:
+    """How far apart every two tasks are that no stage has recorded yet; of a learned task its test rows are there."""
+    records = [experiment.lineage.load_stage(stage.index) for stage in experiment.lineage.log()]
+    recorded = [entry["tasks"] for record in records for entry in record.provenance.get("task_distances", ())]
+    rows = {task.name: task.train or task.test for task in experiment.tasks}
+    found = task_distances(rows, known={frozenset(pair) for pair in recorded}, seed=experiment.config.train.seed)
+    for distance in sorted(found, key=lambda distance: distance.nats.mean):
+        log.info("tasks %s", distance)
+    return [distance.as_dict() for distance in found]
 
 
 def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
@@ -269,6 +298,9 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
     started = time.perf_counter()
     lineage, config = experiment.lineage, experiment.config
     folder = begin(lineage, task.name)
+    apart = new_distances(experiment)
+    family = experiment.source.family
+    experiment.model = family.prepare(experiment.model, experiment.renderer, task, seed=config.train.seed)
     view = experiment.view(task.name, task.train)
     log.info(
         "learning %s: %d rows with %s and %s", task.name, len(task.train), config.method_name, config.strategy_name
@@ -289,14 +321,16 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
     evaluation = experiment.evaluate(learned=[*experiment.learned, task.name])
     index = lineage.next_index
     notes = [*result.notes, *inferred_notes(task.name, evaluation.scores)]
-    record = StageRecord(
-        index, task.name, evaluation.scores, tuple(evaluation.answers), result.history,
-        experiment.describe(started, rows=task.train, history=result.history, notes=notes, accepted=accept),
-    )  # fmt: skip
+    described = experiment.describe(
+        started, rows=task.train, history=result.history, notes=notes, accepted=accept, task_distances=apart
+    )
+    record = StageRecord(index, task.name, evaluation.scores, tuple(evaluation.answers), result.history, described)
     if distributed.is_main():
         with disk_errors(folder):
             shutil.rmtree(folder / "weights", ignore_errors=True)  # of a commit that was cut short
             config.method.save(experiment.model, folder / "weights")
+            if not family.generates:  # beside an adapter, too: the names of its head's rows
+                pretrained(experiment.model).config.save_pretrained(folder / "weights")
             experiment.renderer.tokenizer.save_pretrained(folder / "weights")
             save_state(experiment.strategy.state_dict(), folder / "memory")
             keep_task(task, folder)

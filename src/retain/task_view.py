@@ -77,17 +77,23 @@ class BoundTask:
             self.encoded[key] = self.family.encode(example, self.renderer)
         return replace(self.encoded[key], example=example)
 
-    def rows(self, examples: Sequence[Example]) -> tuple[list[Encoded], OverflowCounts]:
+    def rows(self, examples: Sequence[Example], epoch: int = 0) -> tuple[list[Encoded], OverflowCounts]:
         """The examples encoded and within `max_length`, and what that cost the task's own.
 
-        Rows from a memory were taken once already, or written by a model: where they are too long, they are cut.
+        Rows from a memory were taken once already, or written by a model: where they are too long, they are cut, and
+        what is hidden of a text stays the same in every epoch, as what a strategy kept of it belongs to its targets.
         """
         own = [self.encode(example) for example in examples if example.source == "task"]
         others = [self.encode(example) for example in examples if example.source != "task"]
         kept, counts = fit_length(
             own, max_length=self.max_length, on_overflow=self.on_overflow, threshold=self.overflow_threshold
         )
-        return [*kept, *fit_length(others, max_length=self.max_length, on_overflow="truncate")[0]], counts
+        cut = fit_length(others, max_length=self.max_length, on_overflow="truncate")[0]
+        return [*self.varied(kept, epoch), *self.varied(cut)], counts
+
+    def varied(self, rows: Sequence[Encoded], epoch: int = 0) -> list[Encoded]:
+        """The rows, fitted to their length, as an epoch reads them; outside training as epoch 0 does."""
+        return [self.family.vary(row, self.renderer, draw=f"{self.seed}/{epoch}") for row in rows]
 
     def collate(self, rows: Sequence[Encoded]) -> list[Batch]:
         """The rows, in order, as micro-batches within the token budget, on the device."""
@@ -104,7 +110,7 @@ class BoundTask:
         mine = list(examples)[distributed.rank() :: distributed.world_size()]
         view = self if max_tokens is None else replace(self, max_tokens=max_tokens)
         rows, _ = fit_length([self.encode(e) for e in mine], max_length=self.max_length, on_overflow="truncate")
-        yield from view.collate(rows)
+        yield from view.collate(self.varied(rows))
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One pass, in the run's precision; so is its head, whenever logits are asked for."""

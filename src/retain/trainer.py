@@ -29,6 +29,9 @@ __all__ = ["Observer", "TrainResult", "learning_rate", "train_helper", "train_ta
 WORTH_KEEPING = 60.0
 """Seconds of training from which a checkpoint is written after the last step: what follows may be interrupted."""
 
+LOOKED_AT = 256
+"""Rows whose loss stands for all where a model counts."""
+
 Observer = Callable[[StepInfo], None]
 """Looks at a step; what it returns is ignored."""
 
@@ -150,7 +153,7 @@ def steps_from(view: BoundTask, strategy: Strategy, config: TrainConfig) -> Iter
     """Endless steps: where in which epoch each is, and its rows over all processes; a function of the seed alone."""
     epoch = 0
     while True:
-        rows, _ = view.rows(strategy.mix_examples(view, epoch))
+        rows, _ = view.rows(strategy.mix_examples(view, epoch), epoch)
         lengths = None if view.packed else [row.num_tokens for row in rows]
         plan = schedule(len(rows), rows_per_step=config.rows_per_step, seed=config.seed, epoch=epoch, lengths=lengths)
         for at, step in enumerate(plan):
@@ -190,11 +193,11 @@ def train_task(
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     model = strategy.before_task(model, view)
+    if not view.family.needs_gradients:
+        return count_task(model, view, strategy=strategy, validation=validation, observers=observers)
     rows, counts = view.rows(strategy.mix_examples(view, 0))
     if not rows:
-        raise DataError(
-            f"task {view.name!r} has no row to train on", hint="`retain data check FILE` shows what became of each row"
-        )
+        raise no_row(view)
     steps_per_epoch = math.ceil(len(rows) / config.rows_per_step)
     num_steps = max(1, math.ceil(steps_per_epoch * config.num_train_epochs))
     if config.max_steps:
@@ -259,6 +262,47 @@ def train_task(
         pretrained(model).activation_checkpointing_disable()
     model.eval()
     return TrainResult(model, tuple(history), tuple(notes), len(history))
+
+
+def count_task(
+    model: nn.Module,
+    view: BoundTask,
+    *,
+    strategy: Strategy,
+    validation: Sequence[Example],
+    observers: Sequence[Observer],
+) -> TrainResult:
+    """Let a model that learns by counting count the strategy's mixture once; every process counts all of it.
+
+    The one step's loss is that of `LOOKED_AT` rows before they are counted, as every step's is.
+
+    Raises:
+        DataError: if there is no row.
+    """
+    examples = strategy.mix_examples(view, 0)
+    if not examples:
+        raise no_row(view)
+    started = time.perf_counter()
+    loss = view.mean_loss(model, examples[:LOOKED_AT])
+    view.family.fit(model, examples, view.renderer)
+    rows = [view.encode(example) for example in examples]
+    info = StepInfo(
+        task=view.name, step=1, num_steps=1, epoch=0.0, loss=loss, penalty=0.0, learning_rate=0.0, gradient_norm=0.0,
+        num_tokens=sum(row.num_tokens for row in rows), num_targets=sum(row.num_targets for row in rows),
+        seconds=time.perf_counter() - started,
+        validation_loss=view.mean_loss(model, validation) if validation else None,
+    )  # fmt: skip
+    for observer in observers:
+        observer(info)
+    notes = ["rows are counted once and whole; `train` has no further effect on a model that counts", *strategy.notes]
+    return TrainResult(model.eval(), (info,), tuple(notes), 1)
+
+
+def no_row(view: BoundTask) -> DataError:
+    """The error of a task without rows."""
+    return DataError(
+        f"task {view.name!r} has no row to train on", hint="`retain data check FILE` shows what became of each row"
+    )
 
 
 def train_helper(model: nn.Module, view: BoundTask, *, config: TrainConfig) -> nn.Module:

@@ -113,13 +113,21 @@ class TrainerMethod:
 
 @dataclass(frozen=True)
 class TrainerOutputs:
-    """One pass of a Trainer's model, its logits at the counted targets."""
+    """One pass of a Trainer's model, which makes its logits; there is no head left to run.
 
-    at_targets: Tensor
+    Args:
+        hidden: (num_targets, classes), the logits at the counted targets.
+    """
+
+    hidden: Tensor
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What it is given."""
+        return hidden
 
     def logits(self) -> Tensor:
         """(num_targets, classes)."""
-        return self.at_targets
+        return self.hidden
 
 
 @dataclass(frozen=True)

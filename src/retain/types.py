@@ -122,7 +122,7 @@ class Encoded:
     @property
     def num_tokens(self) -> int:
         """Tokens that pass through the model."""
-        return sum(len(ids) for ids in self.inputs.values())
+        return sum(len(ids) for name, ids in self.inputs.items() if name.endswith("input_ids"))
 
     @property
     def num_targets(self) -> int:

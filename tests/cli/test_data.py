@@ -38,3 +38,15 @@ def test_check_of_rows_in_no_known_format(retain: Retain, tiny_model: Path, tmp_
 
 def test_check_with_a_model_that_does_not_exist(retain: Retain, trained: Path) -> None:
     retain("data", "check", trained / "animal.train.jsonl", "--model", "smollm2").refused("no model 'smollm2'")
+
+
+def test_distance_needs_no_model(retain: Retain, trained: Path) -> None:
+    files = [trained / "colour.train.jsonl", trained / "animal.train.jsonl"]
+    result = retain("data", "distance", *files, "--json")
+    [told] = json.loads(result.out)
+    assert told["tasks"] == [str(file) for file in files]
+    assert told["low"] <= told["nats"] <= told["high"]
+    shown = retain("data", "distance", *files)
+    assert shown.code == 0
+    assert f"{told['nats']:.3f}" in shown.out
+    retain("data", "distance", files[0]).refused("two files")

@@ -59,6 +59,7 @@ class Counting:
     name = "ngram"
     isolates_documents = False
     needs_gradients = False
+    generates = True
 
 
 def test_choices_that_go_together(config: RunConfig):

@@ -13,6 +13,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "q", "input": "", "output": "a", "text": "### Instruction: q"},
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "text_label": {"text": "q", "label": "a"},
+    "sentence_pair": {"text": "q", "text_pair": "r", "label": "a"},
+    "text_labels": {"text": "q", "labels": ["a"]},
+    "tokens_tags": {"tokens": ["q"], "tags": ["a"]},
     "text": {"text": "q"},
 }
 
@@ -26,7 +29,9 @@ def test_every_format_is_told_by_its_columns(name: str):
     if name == "text":
         assert (example.text, example.messages) == ("q", ())
     else:
-        assert example.messages == (Message("user", "q"), Message("assistant", "a"))
+        more = (Message("user", "r"),) if name == "sentence_pair" else ()
+        said = '["a"]' if name == "text_labels" else "a"
+        assert example.messages == (Message("user", "q"), *more, Message("assistant", said))
     assert to_examples([row], name, task="mine") == [example]
     assert columns_not_used([row], name) == [
         *(["text"] if name == "alpaca" else []), "extra", "prompt" if name == "messages" else "more"

@@ -36,6 +36,9 @@ class TableFamily:
         ids = [int(c) for c in example.text]
         return shifted(example, ids, [0.0] + [1.0] * (len(ids) - 1))
 
+    def vary(self, row: Encoded, renderer: object, *, draw: str) -> Encoded:
+        return row
+
     def collate(self, rows: Sequence[Encoded], tokenizer: object, *, packed: bool) -> Batch:
         assert not packed
         return pad(rows, pad_id=0)
@@ -166,6 +169,9 @@ def test_no_more_than_a_chunk_of_logits_exists(llama, renderer: Renderer, monkey
     class Watched:
         def encode(self, *args: object):
             return family.encode(*args)
+
+        def vary(self, *args: object, **options: object):
+            return family.vary(*args, **options)
 
         def collate(self, *args: object, **options: object):
             return family.collate(*args, **options)

@@ -12,7 +12,7 @@ from retain.data.rendering import Renderer
 from retain.errors import ConfigError, DataError
 from retain.evaluation.forgetting import LOWER_IS_BETTER
 from retain.evaluation.scoring import METRICS, choice_margin, find_metric, score_task
-from retain.models.causal import choose_by_answer
+from retain.models.causal import answer_by_text, choose_by_answer
 from retain.models.decoder import DecoderFamily
 from retain.types import Example, Message, Task
 
@@ -36,6 +36,9 @@ class WrittenFamily:
     def generate(self, model, tokenizer, prompts, *, max_new_tokens, **options) -> list[str]:
         self.calls.append(len(prompts))
         return [next(said for asked, said in self.says.items() if asked in self.text(ids)) for ids in prompts]
+
+    def answer(self, model, renderer, prompts, **options) -> list[str]:
+        return answer_by_text(self, model, renderer, prompts, **options)
 
     def loglikelihood(self, model, tokenizer, pairs) -> list[float]:
         self.calls.append(len(pairs))
@@ -102,6 +105,8 @@ def test_generation_is_one_call_with_the_tasks_length(renderer: Renderer):
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.needs == "generation"])
 def test_every_generation_metric_is_best_for_the_right_answer(name: str, renderer: Renderer):
     right, wrong = '{"name": "An", "age": 31}', '{"label": "red"}'
+    if name == "label_f1":
+        right, wrong = '["red", "blue"]', '["green"]'
     rows = (question("1", "good?", right), question("2", "bad?", right))
     family = WrittenFamily(renderer, says={"good?": right, "bad?": wrong})
     score, answers = score_task(torch.nn.Identity(), Task("t", (), rows, (), name), family=family, renderer=renderer)

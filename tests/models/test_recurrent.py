@@ -178,7 +178,7 @@ def test_it_is_not_fitted_by_counting():
     model, tokenizer = family.create(ROWS, seed=0)
     with pytest.raises(CompatibilityError):
         family.fit(model, ROWS, Renderer(tokenizer))
-    assert family.prepare(model, tokenizer, Task("t", ())) is model
+    assert family.prepare(model, Renderer(tokenizer), Task("t", ()), seed=0) is model
 
 
 def test_a_familys_fields_are_its_configuration():

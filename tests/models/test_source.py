@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from retain.errors import ModelError
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
-from retain.models.source import Source, open_source
+from retain.models.seq2seq import Seq2SeqFamily
+from retain.models.source import Source, family_of, open_source
 from retain.types import Example
 
 ROWS = [Example(id=str(i), text=f"the fox jumps over dog {i}") for i in range(5)]
@@ -52,6 +53,19 @@ def test_a_recurrent_folder_is_recognised(tmp_path: Path) -> None:
     assert isinstance(source.family, RecurrentFamily)
     again, _ = source.load((), seed=5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "family"),
+    [
+        (["T5ForConditionalGeneration"], Seq2SeqFamily), (["BartForConditionalGeneration"], Seq2SeqFamily),
+        (["MarianMTModel"], Seq2SeqFamily), (["Gemma3ForConditionalGeneration"], None), (["T5EncoderModel"], None),
+        (["BartForCausalLM"], DecoderFamily), (["GPT2LMHeadModel"], DecoderFamily), ([], None),
+    ],
+)  # fmt: skip
+def test_the_family_is_read_from_the_architecture(architectures: list[str], family: type | None) -> None:
+    """What encodes only, or reads pictures beside text, is no encoder-decoder language model."""
+    assert family_of({"model_type": "t5", "is_encoder_decoder": True, "architectures": architectures}) is family
 
 
 def test_a_model_from_nothing(tmp_path: Path) -> None:

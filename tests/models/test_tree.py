@@ -34,6 +34,14 @@ def test_a_common_beginning_is_read_once() -> None:
         assert np.flatnonzero(sees[path[-1]]).tolist() == sorted(path), "a node sees its ancestors and itself only"
 
 
+def test_a_long_beginning_is_not_read_again_for_a_short_row() -> None:
+    passage = list(range(600))
+    choices = [(passage, [1000 + i, 2000]) for i in range(20)]
+    assert [len(tree.tokens) for tree in grow_trees(choices)] == [600 + 20 * 2]
+    others = [([7], [1000 + i] * 50) for i in range(20)]
+    assert all(len(tree.tokens) <= 256 for tree in grow_trees(others)), "nothing worth sharing"
+
+
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 @pytest.mark.parametrize("longest", [256, 30, 14])
 def test_equals_one_row_a_pair(

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from retain.models.vocabulary import END, PAD, SMALLEST_VOCABULARY, character_tokenizer, subword_tokenizer
+from retain.models.vocabulary import (
+    END,
+    PAD,
+    SMALLEST_VOCABULARY,
+    character_tokenizer,
+    subword_tokenizer,
+    word_tokenizer,
+)
 
 TEXTS = ["Hà Nội là thủ đô của Việt Nam.", "Thành phố Hồ Chí Minh ở phía nam.", "The cat sat on the mat."] * 3
 HARD = [
@@ -16,11 +23,11 @@ HARD = [
     "",
 ]
 
-both = pytest.mark.parametrize("learn", [subword_tokenizer, character_tokenizer])
+every = pytest.mark.parametrize("learn", [subword_tokenizer, character_tokenizer, word_tokenizer])
 Learn = Callable[..., PreTrainedTokenizerFast]
 
 
-@both
+@every
 def test_any_text_comes_out_as_it_went_in(learn: Learn, tmp_path: Path):
     tokenizer = learn(TEXTS, vocab_size=400)
     tokenizer.save_pretrained(tmp_path)
@@ -30,7 +37,7 @@ def test_any_text_comes_out_as_it_went_in(learn: Learn, tmp_path: Path):
         assert [reader(text)["input_ids"] for text in HARD] == [tokenizer(text)["input_ids"] for text in HARD]
 
 
-@both
+@every
 def test_special_tokens(learn: Learn):
     tokenizer = learn(TEXTS, vocab_size=400)
     assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
@@ -40,14 +47,14 @@ def test_special_tokens(learn: Learn):
     assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
-@both
+@every
 def test_the_size_is_a_limit(learn: Learn):
     assert len(learn(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
     assert len(learn(TEXTS, vocab_size=270)) == 270
     assert len(learn(TEXTS, vocab_size=10_000)) < 1000
 
 
-@both
+@every
 def test_the_same_texts_make_the_same_tokenizer(learn: Learn):
     first, second = learn(TEXTS, vocab_size=300), learn(TEXTS, vocab_size=300)
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
@@ -57,6 +64,12 @@ def test_a_character_is_a_token():
     tokenizer = character_tokenizer(TEXTS, vocab_size=400)
     assert tokenizer.convert_ids_to_tokens(tokenizer("Việt a")["input_ids"]) == ["V", "i", "ệ", "t", " ", "a"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("é")["input_ids"]) == ["<0xC3>", "<0xA9>"]
+
+
+def test_a_word_is_a_token():
+    tokenizer = word_tokenizer(TEXTS, vocab_size=400)
+    known = tokenizer("The cat, 12 on")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(known) == ["The", " cat", "<0x2C>", *["<0x20>", "<0x31>", "<0x32>"], " on"]
 
 
 def test_subwords_are_shorter_than_bytes():

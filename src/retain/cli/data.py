@@ -1,9 +1,10 @@
-"""`data check`: what training will see of a file, before anything is trained."""
+"""`data check` and `data distance`: what training will see of files, before anything is trained."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from retain.cli.console import out, print_json, say, show_log
@@ -58,3 +59,40 @@ def check(
             row.append(piece, style="bold green" if trained else "dim")
         out.print(row)
         out.print()
+
+
+@app.command()
+def distance(
+    files: Annotated[list[str], typer.Argument(help="two or more files of rows, one a task")],
+    seed: Annotated[int, typer.Option(help="of which rows are counted and which are held out")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON on stdout")] = False,
+) -> None:
+    """Say how far apart tasks are: what one's rows cost a small n-gram model of the other's, in nats a character.
+
+    0 is the same kind of text. No model is needed.
+    """
+    from retain.data.formats import detect_format, to_examples
+    from retain.data.readers import read_rows
+    from retain.errors import ConfigError
+    from retain.evaluation.task_distance import task_distances
+
+    show_log(quiet=as_json)
+    if len(set(files)) < 2:
+        raise ConfigError("a distance is between two files or more", hint="retain data distance A.jsonl B.jsonl")
+    tasks = {
+        file: to_examples(rows, detect_format(rows, where=file), where=file)
+        for file in files
+        for rows in [read_rows(file)]
+    }
+    found = sorted(task_distances(tasks, seed=seed), key=lambda one: one.nats.mean)
+    if as_json:
+        print_json([one.as_dict() for one in found])
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for title in ("nats a character", "95 % confidence"):
+        table.add_column(title, justify="right")
+    table.add_column("between", overflow="fold")
+    for one in found:
+        ends = f"{one.nats.low:.3f} to {one.nats.high:.3f}"
+        table.add_row(f"{one.nats.mean:.3f}", ends, f"{one.first} and {one.second}")
+    out.print(table)

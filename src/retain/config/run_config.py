@@ -128,6 +128,15 @@ def dump_config(config: RunConfig) -> str:
     return write_recipe(to_tree(config))
 
 
+def unfit_for_labels(strategy: Strategy) -> str | None:
+    """Why a strategy cannot protect a model that only labels, or None."""
+    if strategy.writes:
+        return "it lets the model write rows, and a model of this family writes no text"
+    if strategy.grows:
+        return "it puts a module of its own beside the base for each task, and the head that they share would move"
+    return None
+
+
 def check_compatibility(config: RunConfig, family: Family) -> None:
     """Refuse choices that do not go together, before a model loads.
 
@@ -149,7 +158,15 @@ def check_compatibility(config: RunConfig, family: Family) -> None:
         for link in links(config.strategy)
         if (reason := link.supports(config.method))
     ]
-    if config.train.gradient_checkpointing and not family.isolates_documents:
+    if not family.generates:
+        problems += [
+            f"$.strategy: {name_of(type(link), STRATEGIES)}: {reason}"
+            for link in links(config.strategy)
+            if (reason := unfit_for_labels(link))
+        ]
+    if config.evaluation.matrix == "ends" and config.budget.forgetting is not None:
+        problems.append("$.evaluation.matrix: ends: the budget needs the earlier tasks' scores after every stage")
+    if config.train.gradient_checkpointing and family.name == "recurrent":
         problems.append(
             f"$.train.gradient_checkpointing: a model of family {family.name!r} cannot compute a part again"
         )
@@ -162,5 +179,7 @@ def check_compatibility(config: RunConfig, family: Family) -> None:
         raise CompatibilityError(
             "these choices do not go together",
             problems=problems,
-            hint="`retain list` shows methods, strategies and families; `train.packing: auto` packs where it is exact",
+            hint="`retain list` shows methods, strategies and families; `train.packing: auto` packs where it is exact"
+            if family.needs_gradients
+            else f"{family.name!r} takes `method: full` and the strategies sequential, replay, joint, single_task",
         )

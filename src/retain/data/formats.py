@@ -5,6 +5,9 @@
     alpaca             {"instruction": "...", "input": "...", "output": "..."}
     prompt_completion  {"prompt": "...", "completion": "..."}, as text or as lists of messages
     text_label         {"text": "...", "label": "..."}
+    sentence_pair      {"sentence1": "...", "sentence2": "...", "label": "..."}
+    text_labels        {"text": "...", "labels": ["...", "..."]}
+    tokens_tags        {"tokens": ["...", "..."], "tags": ["...", "..."]}
     text               {"text": "..."} or {"document": "..."}
 
 Any row may also carry `choices` (the labels to choose from), `answer` (the number of the right one; without choices a
@@ -25,6 +28,7 @@ from retain.data.conversations import (
     from_text_label,
 )
 from retain.data.examples import SHARED_COLUMNS, make_example, name_label
+from retain.data.labelled import SEVERAL, check_labels, from_sentence_pair, from_text_labels, from_tokens, labels_of_row
 from retain.data.readers import Row
 from retain.errors import ConfigError, DataError
 from retain.types import Example, Message
@@ -70,6 +74,14 @@ FORMATS: Mapping[str, Format] = {
         "prompt and completion, as text or messages", (("prompt",), ("completion", "choices")), ("system",), from_pair
     ),
     "text_label": Format("text and its class", (("text",), ("label",)), (), from_text_label),
+    "sentence_pair": Format(
+        "two texts and their class",
+        (("sentence1", "text", "premise"), ("sentence2", "text_pair", "hypothesis"), ("label",)),
+        (),
+        from_sentence_pair,
+    ),
+    "text_labels": Format("text and any number of classes", (("text",), ("labels",)), (), from_text_labels),
+    "tokens_tags": Format("words and a tag of each", (("tokens",), ("tags", "ner_tags")), (), from_tokens),
     "text": Format("raw text, trained whole", (("text", "document"),)),
 }
 """By name, in the order in which they are told apart."""
@@ -165,8 +177,12 @@ def to_examples(
     problems: list[str] = []
     for number, row in enumerate(rows, 1):
         try:
-            named = name_label(row, choices) if format == "text_label" else row
-            examples.append(make_example(named, FORMATS[format].turns, task=task, label_set=tuple(choices)))
+            named = name_label(row, choices) if format in ("text_label", "sentence_pair") else row
+            label_set = () if format in SEVERAL else tuple(choices)
+            example = make_example(named, FORMATS[format].turns, task=task, label_set=label_set)
+            if choices and format in SEVERAL:
+                check_labels(labels_of_row(example.answer, format), choices)
+            examples.append(example)
         except RowProblem as problem:
             problems.append(f"row {number}: {problem}")
     if problems:
@@ -188,7 +204,9 @@ def _format_of(row: Row, number: int, where: str) -> str:
     fitting = [name for name, format in FORMATS.items() if format.fits(row)]
     if not fitting:
         raise _wrong_columns(row, number, where)
-    if "text" in fitting and ("alpaca" in fitting or "text_label" in fitting):
+    if "sentence_pair" in fitting and "text_label" in fitting:
+        fitting.remove("text_label")  # a second text makes it a pair
+    if "text" in fitting and {"alpaca", "text_label", "sentence_pair", "text_labels"}.intersection(fitting):
         fitting.remove("text")  # Alpaca's own files repeat the row as `text`; a label makes the text a question
     if len(fitting) > 1:
         raise DataError(

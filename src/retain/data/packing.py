@@ -107,7 +107,7 @@ def pad(rows: Sequence[Encoded], *, pad_id: int) -> Batch:
 
 
 def micro_batches(rows: Sequence[Encoded], *, max_tokens: int, packed: bool) -> list[list[Encoded]]:
-    """The rows in their order, cut into runs that fit one forward pass.
+    """The rows in their order, cut into runs that fit one forward pass, each of rows with the same inputs.
 
     Args:
         rows: the rows of one optimizer step (or of an evaluation).
@@ -119,7 +119,7 @@ def micro_batches(rows: Sequence[Encoded], *, max_tokens: int, packed: bool) -> 
     for row in rows:
         total, longest = total + row.num_tokens, max(longest, row.num_tokens)
         cost = total if packed or not runs else longest * (len(runs[-1]) + 1)
-        if runs and cost <= max_tokens:
+        if runs and cost <= max_tokens and runs[-1][0].inputs.keys() == row.inputs.keys():
             runs[-1].append(row)
         else:
             runs.append([row])
@@ -223,8 +223,13 @@ def _length(row: Encoded) -> int:
 
 
 def _slice(row: Encoded, start: int, stop: int, *, num_truncated: int = 0) -> Encoded:
-    """A part of the row; targets are shifted already, so its last position still predicts the next part's first."""
+    """A part of the row; targets are shifted already, so its last position still predicts the next part's first.
+
+    Targets that are not those of positions (a class of the whole text) stay.
+    """
     inputs = {name: ids[start:stop] for name, ids in row.inputs.items()}
+    if all(len(ids) != len(row.targets) for ids in row.inputs.values()):
+        return Encoded(row.example, inputs, row.targets, row.weights, num_truncated)
     return Encoded(row.example, inputs, row.targets[start:stop], row.weights[start:stop], num_truncated)
 
 

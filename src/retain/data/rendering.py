@@ -17,6 +17,7 @@ from typing import Any, final
 import jinja2
 
 from retain.data.controls import Controls, added_tokens, special_tokens
+from retain.data.labels import Labels
 from retain.errors import ConfigError, DataError, ModelError
 from retain.types import Example, Message
 
@@ -64,6 +65,7 @@ class Renderer:
         chat_template: the Jinja text in use; saved with an exported model, it renders the same prompts elsewhere.
         stop_ids: the tokens that end an answer.
         notes: what had to be adapted, as sentences.
+        labels: the classes that the model's head tells apart; the family sets them, and none where labels are text.
 
     Raises:
         ModelError: the tokenizer has no EOS token, or its template cannot render a question and an answer.
@@ -79,6 +81,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.notes: tuple[str, ...] = ()
+        self.labels = Labels()
         self._bos_ids = _begin_ids(tokenizer)
         self._controls = Controls(tokenizer, special_tokens(tokenizer), live=template == "plain")
         self.chat_template = self._choose(template)

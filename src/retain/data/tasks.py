@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from retain.data.formats import FORMATS, columns_not_used, detect_format, rename_columns, to_examples
+from retain.data.labelled import SEVERAL, labels_of_row
 from retain.data.readers import Row, read_rows
 from retain.errors import ConfigError, DataError
 from retain.types import Example, Message, Task
@@ -110,7 +111,8 @@ def load_task(config: TaskConfig, *, root: Path | None = None, seed: int = 0) ->
             hint="leave `choices` out, or map the columns to `text` and `label`",
         )
     train = to_examples(rows, format, task=config.name, choices=config.choices or (), where=config.train)
-    choices = config.choices or (_labels(train) if format == "text_label" else ())
+    labelled = format in ("text_label", "sentence_pair", *SEVERAL)
+    choices = config.choices or (_labels(train, format) if labelled else ())
     test, validation = (_others(config, source, root, choices) for source in (config.test, config.validation))
     if config.test == config.train:
         notes.append("test and train are the same rows: the score says what is remembered, not what is learned")
@@ -125,12 +127,12 @@ def load_task(config: TaskConfig, *, root: Path | None = None, seed: int = 0) ->
     choices = choices or _shared_choices([*train, *test])
     metric = config.metric
     if metric == "auto":
-        metric = choose_metric(test or train, choices)
+        metric = SEVERAL.get(format) or choose_metric(test or train, choices)
         notes.append(f"scored by {metric}")
         notes += _label_hint(train, metric, format, config.columns)
-    elif metric == "accuracy" and not choices and not all(example.choices for example in test or train):
+    elif metric in ("accuracy", "macro_f1") and not choices and not all(example.choices for example in test or train):
         raise ConfigError(
-            f"task {config.name!r}: accuracy needs labels to choose from",
+            f"task {config.name!r}: {metric} needs labels to choose from",
             problems=["neither `choices` nor the rows' own `choices` are given, and the format is not text_label"],
             hint="list them in `choices`, or map the columns to `text` and `label`",
         )
@@ -231,8 +233,8 @@ def _sample(examples: list[Example], size: int | None, random: Random) -> list[E
     return [examples[place] for place in sorted(random.sample(range(len(examples)), size))]
 
 
-def _labels(examples: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(sorted({example.answer for example in examples}))
+def _labels(examples: Sequence[Example], format: str) -> tuple[str, ...]:
+    return tuple(sorted({label for example in examples for label in labels_of_row(example.answer, format)}))
 
 
 def _shared_choices(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from retain.data.rendering import Renderer
 from retain.errors import ModelError
 from retain.kernels.coarse_kl import coarse_kl, coarsened, likeliest
 from retain.models.family import Family, Outputs
+from retain.parameters import device_of
 from retain.types import Batch, Example
 
 __all__ = ["Distribution", "base_distribution", "kl_to_base"]
@@ -167,9 +168,10 @@ def _batches(
     model: nn.Module, family: Family, renderer: Renderer, texts: Sequence[Example], max_length: int, max_tokens: int
 ) -> Iterator[Batch]:
     """The texts on the model's device, padded: a soft prompt would leak between texts in one row."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     encoded = [family.encode(text, renderer) for text in texts]
     rows, _ = fit_length(encoded, max_length=max_length, on_overflow="truncate")
+    rows = [family.vary(row, renderer, draw="") for row in rows]
     for group in micro_batches(sorted(rows, key=lambda row: row.num_tokens), max_tokens=max_tokens, packed=False):
         yield to_device(family.collate(group, renderer.tokenizer, packed=False), device)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -19,6 +20,8 @@ from retain.types import Answer, Example, Score, Task
 
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
 
+MATRICES = ("full", "lower", "ends")
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluationConfig:
@@ -27,8 +30,9 @@ class EvaluationConfig:
     Args:
         probes: ask the built-in probes of general abilities.
         kl: measure the KL to the base model on built-in texts.
-        upcoming: score tasks that are still to be learned after every stage, too: forward transfer needs it. Without,
-            they are scored on the base model only.
+        matrix: which scores of the matrix R are taken besides those of the base model. `full`: every task after every
+            stage. `lower`: after every stage the tasks learned so far; forward transfer is not known then. `ends`: each
+            task after its own stage, and all after the recipe's last; what a stage between cost is not known either.
         max_probes: ask at most so many, balanced over abilities; None: all.
         max_texts: measure the KL on at most so many texts; None: all.
         text_tokens: read at most so many tokens of each text. Both are settled when the base model is evaluated.
@@ -40,7 +44,7 @@ class EvaluationConfig:
 
     probes: bool = True
     kl: bool = True
-    upcoming: bool = True
+    matrix: Literal["full", "lower", "ends"] = "full"
     max_probes: int | None = None
     max_texts: int | None = None
     text_tokens: int = 64
@@ -53,7 +57,8 @@ class EvaluationConfig:
             "text_tokens": self.text_tokens,
             "batch_tokens": self.batch_tokens,
         }
-        problems = [
+        problems = [] if self.matrix in MATRICES else [f"matrix: expected {', '.join(MATRICES)}, got {self.matrix!r}"]
+        problems += [
             f"{name}: expected a whole number above 0, got {value}"
             for name, value in given.items()
             if value is not None and value < 1

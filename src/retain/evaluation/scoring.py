@@ -14,7 +14,7 @@ from torch import nn
 
 from retain.data.rendering import Renderer
 from retain.errors import ConfigError, DataError
-from retain.evaluation import grading
+from retain.evaluation import grading, labelling
 from retain.evaluation.forgetting import LOWER_IS_BETTER
 from retain.evaluation.statistics import Interval, interval
 from retain.models.family import Family
@@ -67,8 +67,12 @@ METRICS: dict[str, Metric] = {
     "contains": Metric("contains", "generation", grade=grading.contains, flaw=_empty),
     "exact_match": Metric("exact_match", "generation", grade=grading.exact_match),
     "json_equality": Metric("json_equality", "generation", grade=grading.json_equality, flaw=grading.json_flaw),
+    "label_f1": Metric("label_f1", "generation", grade=labelling.label_f1, flaw=labelling.labels_flaw),
+    "macro_f1": Metric("macro_f1", "choices", corpus=labelling.macro_f1),
     "perplexity": Metric("perplexity", "likelihood", unit="perplexity"),
     "rouge_l": Metric("rouge_l", "generation", grade=grading.rouge_l),
+    "tag_accuracy": Metric("tag_accuracy", "generation", grade=labelling.tag_accuracy),
+    "tag_f1": Metric("tag_f1", "generation", grade=labelling.tag_f1, corpus=labelling.corpus_tag_f1),
     "token_f1": Metric("token_f1", "generation", grade=grading.token_f1),
 }
 
@@ -95,6 +99,7 @@ def score_task(
 
     - `accuracy`: the label whose tokens, the stop token included, have the highest summed log-likelihood after the
       prompt. A row's own `choices` come before the task's. Guessing reaches 1 / number of choices.
+    - `macro_f1`: of the same answers, the mean over classes of a class's F1.
     - `perplexity`: exp of the nats a token of all answers (of raw text, of all tokens but the first).
     - the rest: what the model writes, greedily, up to `task.max_new_tokens`.
 
@@ -112,7 +117,7 @@ def score_task(
     metric = find_metric(task.metric)
     _check(task, metric)
     if metric.needs == "choices":
-        return _score_choices(model, task, family, renderer)
+        return _score_choices(model, task, metric, family, renderer)
     if metric.needs == "likelihood":
         return _score_likelihood(model, task, family, renderer, seed)
     return _score_generation(model, task, metric, family, renderer, seed)
@@ -140,18 +145,28 @@ def choice_margin(likelihoods: Sequence[float], right: Sequence[bool]) -> float:
     return float(np.logaddexp.reduce(values[mask]) - np.logaddexp.reduce(values[~mask]))
 
 
-def _score_choices(model: nn.Module, task: Task, family: Family, renderer: Renderer) -> tuple[Score, list[Answer]]:
+def _score_choices(
+    model: nn.Module, task: Task, metric: Metric, family: Family, renderer: Renderer
+) -> tuple[Score, list[Answer]]:
     """Accuracy: every label of every row in one call, a row's labels after the same prompt."""
-    rows = [(example.prompt, _labels(example, task)) for example in task.test]
+    labels = [_labels(example, task) for example in task.test]
+    rows = [
+        (example.prompt, renderer.labels.options(task.name, own))
+        for example, own in zip(task.test, labels, strict=True)
+    ]
     answers: list[Answer] = []
     chances: list[float] = []
-    for example, (_, labels), values in zip(task.test, rows, family.choose(model, renderer, rows), strict=True):
-        right = [label in _references(example) for label in labels]
+    chosen = family.choose(model, renderer, rows)
+    for example, own, (_, options), values in zip(task.test, labels, rows, chosen, strict=True):
+        said = [*own, *options[len(own) :]]  # a head's options are the row's labels, then all others that it has
+        right = [place < len(own) and label in _references(example) for place, label in enumerate(said)]
         best = int(np.argmax(values))
-        margin = choice_margin(values, right)
-        answers.append(_answer(task, example, labels[best], float(right[best]), margin))
+        answers.append(_answer(task, example, said[best], float(right[best]), choice_margin(values, right)))
         chances.append(sum(right) / len(right))
-    return mean_score(answers, "accuracy", chance=math.fsum(chances) / len(chances)), answers
+    if metric.corpus is not None:
+        found = metric.corpus([given.answer for given in answers], [_references(example) for example in task.test])
+        return Score(found.mean, metric.name, found.num, found.low, found.high), answers
+    return mean_score(answers, metric.name, chance=math.fsum(chances) / len(chances)), answers
 
 
 def _score_likelihood(
@@ -183,8 +198,8 @@ def _score_generation(
 ) -> tuple[Score, list[Answer]]:
     """Every other metric: one call writes all answers."""
     assert metric.grade is not None
-    prompts = [renderer.prompt_ids(example.prompt) for example in task.test]
-    texts = family.generate(model, renderer.tokenizer, prompts, max_new_tokens=task.max_new_tokens)
+    prompts = [example.prompt for example in task.test]
+    texts = family.answer(model, renderer, prompts, max_new_tokens=task.max_new_tokens)
     answers = [
         _answer(task, example, text, metric.grade(text, _references(example)))
         for example, text in zip(task.test, texts, strict=True)

@@ -11,9 +11,19 @@ from retain.data.rendering import Renderer
 from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
 from retain.models.family import Family, Outputs, Tokenizer, pretrained
 from retain.models.head import run_to_head
+from retain.parameters import device_of
 from retain.types import GREEDY, Batch, Message, Sampling
 
-__all__ = ["causal_loss", "choose_by_answer", "generate_causal", "likelihoods", "padded", "within_budget"]
+__all__ = [
+    "answer_by_text",
+    "causal_loss",
+    "choose_by_answer",
+    "generate_causal",
+    "likelihoods",
+    "padded",
+    "stop_ids",
+    "within_budget",
+]
 
 
 def causal_loss(outputs: Outputs, batch: Batch) -> Tensor:
@@ -61,7 +71,7 @@ def likelihoods(
         pad_id: fills the rows on the right, where nothing before them can see it.
         max_tokens: padded tokens of one pass.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     result = [0.0] * len(pairs)
     for group in within_budget([len(context) + len(rest) for context, rest in pairs], max_tokens):
         rows = [pairs[i][0] + pairs[i][1] for i in group]
@@ -93,6 +103,20 @@ def choose_by_answer(
     return [[next(values) for _ in labels] for _, labels in rows]
 
 
+def answer_by_text(
+    family: Family,
+    model: nn.Module,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """The text that the family generates after each rendered prompt; all in one call."""
+    ids = [renderer.prompt_ids(prompt) for prompt in prompts]
+    return family.generate(model, renderer.tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
 def stop_ids(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own generation settings, else the tokenizer's end of sequence."""
     stop = pretrained(model).generation_config.eos_token_id
@@ -120,7 +144,7 @@ def generate_causal(
         sampling: how tokens are drawn.
         max_tokens: padded tokens, new ones counted, of one pass.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     stops = stop_ids(model, tokenizer)
     pad_id = stops[0] if stops else 0
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from retain.data.packing import pack, pad, shifted
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError
-from retain.models.causal import causal_loss, choose_by_answer, generate_causal, likelihoods
+from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal, likelihoods
 from retain.models.family import Outputs, Tokenizer
 from retain.models.head import check_head, run_to_head
 from retain.models.tree import grow_trees, reads_trees, tree_likelihoods
@@ -48,6 +48,7 @@ class DecoderFamily:
     name: ClassVar[str] = "decoder"
     isolates_documents: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
 
     architecture: str = ""
     hidden_size: int = 256
@@ -106,13 +107,23 @@ class DecoderFamily:
         check_head(model)
         return model, AutoTokenizer.from_pretrained(folder)
 
-    def prepare(self, model: nn.Module, tokenizer: Tokenizer, task: Task) -> nn.Module:
+    def equip(
+        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
+    ) -> nn.Module:
+        """The model as it is: one head says everything."""
+        return model
+
+    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
         """Nothing to grow: labels are text."""
         return model
 
     def encode(self, example: Example, renderer: Renderer) -> Encoded:
         """Ids, and as the target of each position the token after it."""
         return shifted(example, *renderer.encode(example))
+
+    def vary(self, row: Encoded, renderer: Renderer, *, draw: str) -> Encoded:
+        """The row: nothing of it is drawn at random."""
+        return row
 
     def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
         """One row without padding where packed, else rows padded on the right."""
@@ -143,6 +154,18 @@ class DecoderFamily:
     ) -> list[list[float]]:
         """Log p of each row's labels as answers, nats."""
         return choose_by_answer(self, model, renderer, rows)
+
+    def answer(
+        self,
+        model: nn.Module,
+        renderer: Renderer,
+        prompts: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """The text after each rendered prompt."""
+        return answer_by_text(self, model, renderer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def generate(
         self,

@@ -47,6 +47,7 @@ class Family(Protocol):
     name: ClassVar[str]
     isolates_documents: ClassVar[bool]  # may documents be packed into one row without seeing one another?
     needs_gradients: ClassVar[bool]  # False: `fit` learns by counting, instead of the loop
+    generates: ClassVar[bool]  # does it write text? If not, there are no probes, no KL and no text of its own
 
     @property
     def architecture(self) -> str:
@@ -61,12 +62,37 @@ class Family(Protocol):
         """The model (float32, in evaluation mode) and its tokenizer from a folder that `models.hub` resolved."""
         ...
 
-    def prepare(self, model: nn.Module, tokenizer: Tokenizer, task: Task) -> nn.Module:
-        """Grow what a new task needs: a head for new classes, rows for new tokens."""
+    def equip(
+        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
+    ) -> nn.Module:
+        """Give a base model the heads that all these tasks need; called before a method is applied.
+
+        Args:
+            model: as `load` or `create` made it.
+            renderer: is given the labels that the model knows.
+            tasks: that the model has learned or will learn.
+            seed: of new weights.
+            saved: the weights' folder of the stage that is loaded into the model next.
+        """
+        ...
+
+    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
+        """Grow what the next task needs, in place: rows for new classes; called before its optimizer is made.
+
+        Args:
+            model: with the method applied.
+            renderer: is given the task's labels.
+            task: that is learned next.
+            seed: of the new rows.
+        """
         ...
 
     def encode(self, example: Example, renderer: Renderer) -> Encoded:
         """Ids and targets of one example, from the one renderer."""
+        ...
+
+    def vary(self, row: Encoded, renderer: Renderer, *, draw: str) -> Encoded:
+        """The row as one epoch reads it: what is drawn at random for a row is drawn anew, by `draw` and the row."""
         ...
 
     def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
@@ -91,6 +117,18 @@ class Family(Protocol):
         self, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
     ) -> list[list[float]]:
         """Log p of each row's labels after its prompt, nats: what says which label the model chooses."""
+        ...
+
+    def answer(
+        self,
+        model: nn.Module,
+        renderer: Renderer,
+        prompts: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """What the model says to each conversation."""
         ...
 
     def generate(

@@ -1,10 +1,10 @@
 """The output head, intercepted: it runs at counted targets only, after the one forward pass that stops before it."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from retain.errors import ModelError
 from retain.models.family import Outputs, pretrained
@@ -27,14 +27,18 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def after_head(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
-    """What the model does to its logits after the head, read from its configuration; None if nothing."""
+def after_head(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What the model does to its logits after the head, read from its configuration and buffers; None if nothing."""
+    config = pretrained(model).config
     settings = config.get_text_config().to_dict()
     cap, scale, divisor = (settings.get(key) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
-    if not cap and scale is None and divisor is None:
+    names = (name for name, _ in model.named_buffers() if name.split(".")[-1] == "final_logits_bias")
+    bias = next((model.get_buffer(name) for name in names), None) if config.is_encoder_decoder else None  # BART
+    if not cap and scale is None and divisor is None and (bias is None or not bias.any()):
         return None
 
     def change(logits: Tensor) -> Tensor:
+        logits = logits + bias.flatten() if bias is not None else logits
         logits = logits * scale if scale is not None else logits  # Cohere
         logits = logits / divisor if divisor is not None else logits  # Granite
         return torch.tanh(logits / cap) * cap if cap else logits  # Gemma
@@ -42,7 +46,7 @@ def after_head(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
     return change
 
 
-def run_to_head(model: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor) -> Outputs:
+def run_to_head(model: nn.Module, inputs: Mapping[str, Any], counted: Tensor) -> Outputs:
     """One forward pass through the outermost module that stops before the output head.
 
     The head's input is taken at counted positions and the head itself is given an empty sequence, so that what the
@@ -51,7 +55,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor)
     Args:
         model: a `transformers` model, or one wrapped by PEFT.
         inputs: the model's keyword arguments.
-        counted: (rows, length), bool, the positions whose outputs are wanted.
+        counted: (rows, length), bool, the positions whose outputs are wanted; of a decoder where there are two halves.
     """
     head = output_head(model)
     taken: list[Tensor] = []
@@ -66,7 +70,7 @@ def run_to_head(model: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor)
         model(**inputs, use_cache=False)  # a cache would let packed documents see one another
     finally:
         handle.remove()
-    change = after_head(pretrained(model).config)
+    change = after_head(model)
     own = dict(head.named_parameters(recurse=False))
     plain = type(head) is nn.Linear and own.keys() == {"weight"} and change is None
     return Outputs(
@@ -85,8 +89,11 @@ def check_head(model: nn.Module, *, tolerance: float = 1e-4) -> None:
     """
     head_device = next(model.parameters()).device
     ids = torch.arange(4, 12, device=head_device)[None] % pretrained(model).config.get_text_config().vocab_size
-    own = model(input_ids=ids, use_cache=False).logits[0].float()
-    ours = run_to_head(model, {"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)).logits().float()
+    inputs = {"input_ids": ids}
+    if pretrained(model).config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    own = model(**inputs, use_cache=False).logits[0].float()
+    ours = run_to_head(model, inputs, torch.ones_like(ids, dtype=torch.bool)).logits().float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-9))
     if not difference <= tolerance:
         raise ModelError(

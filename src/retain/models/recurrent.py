@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from retain.data.packing import pad, shifted
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError, ModelError
-from retain.models.causal import causal_loss, choose_by_answer, generate_causal, likelihoods
+from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal, likelihoods
 from retain.models.family import Outputs, Tokenizer
 from retain.models.head import run_to_head
 from retain.models.recurrent_likelihood import state_likelihoods
@@ -51,6 +51,7 @@ class RecurrentFamily:
     name: ClassVar[str] = "recurrent"
     isolates_documents: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
 
     cell: str = "lstm"
     hidden_size: int = 256
@@ -119,13 +120,23 @@ class RecurrentFamily:
         model = RecurrentForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         return model.eval(), AutoTokenizer.from_pretrained(folder)
 
-    def prepare(self, model: nn.Module, tokenizer: Tokenizer, task: Task) -> nn.Module:
+    def equip(
+        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
+    ) -> nn.Module:
+        """The model as it is: one head says everything."""
+        return model
+
+    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
         """Nothing to grow: labels are text, and every byte has a token."""
         return model
 
     def encode(self, example: Example, renderer: Renderer) -> Encoded:
         """Ids, and as the target of each position the token after it."""
         return shifted(example, *renderer.encode(example))
+
+    def vary(self, row: Encoded, renderer: Renderer, *, draw: str) -> Encoded:
+        """The row: nothing of it is drawn at random."""
+        return row
 
     def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
         """Rows padded on the right.
@@ -164,6 +175,18 @@ class RecurrentFamily:
     ) -> list[list[float]]:
         """Log p of each row's labels as answers, nats."""
         return choose_by_answer(self, model, renderer, rows)
+
+    def answer(
+        self,
+        model: nn.Module,
+        renderer: Renderer,
+        prompts: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """The text after each rendered prompt."""
+        return answer_by_text(self, model, renderer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def generate(
         self,

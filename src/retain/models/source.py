@@ -1,7 +1,7 @@
 """From what a recipe says of a model to its family, its identity and, when it is time, its weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,15 @@ from torch import nn
 
 from retain.errors import ModelError
 from retain.models import FAMILIES
+from retain.models.decoder import DecoderFamily
+from retain.models.encoder import EncoderFamily, is_encoder
 from retain.models.family import Family, Tokenizer
 from retain.models.hub import fingerprint, resolve
+from retain.models.ngram import NGramFamily
+from retain.models.ngram_network import NGramConfig
 from retain.models.recurrent import RecurrentFamily
 from retain.models.recurrent_network import RecurrentConfig
+from retain.models.seq2seq import SEQ2SEQ_MODELS, Seq2SeqFamily
 from retain.types import Example
 
 __all__ = ["Source", "open_source"]
@@ -77,23 +82,34 @@ def open_source(
             raise ModelError(
                 "model: neither a name is given nor what starts from nothing",
                 hint="`model: smollm2-135m`, or `model: {family: recurrent, cell: lstm}`, or "
-                "`model: {family: decoder, architecture: llama}`",
+                "`model: {family: decoder, architecture: llama}`, or `model: {family: seq2seq, architecture: t5}`, "
+                "or `model: {family: encoder, architecture: bert}`, or `model: {family: ngram}`",
             )
         return Source(family, family.architecture, folder)
     resolved = resolve(name, trust_remote_code=trust_remote_code)
     config = json.loads((resolved.folder / "config.json").read_text(encoding="utf-8"))
-    found = RecurrentFamily if config.get("model_type") == RecurrentConfig.model_type else FAMILIES["decoder"]
-    architectures = config.get("architectures") or []
-    if (
-        family is None
-        and found is not RecurrentFamily
-        and not any("CausalLM" in a or "LMHead" in a for a in architectures)
-    ):
+    found = type(family) if family else family_of(config)
+    if found is None:
+        architectures = ", ".join(config.get("architectures") or ["not said"])
         raise ModelError(
-            f"model {name!r} is no causal language model: its architecture is {', '.join(architectures) or 'not said'}",
+            f"model {name!r} is no language model of a known family: its architecture is {architectures}",
             problems=[f"families: {', '.join(FAMILIES)}"],
             hint="name the family in the recipe if you know better: `model: {name: ..., family: decoder}`",
         )
     return Source(
         family or found(), name, resolved.folder, resolved.revision, resolved.notes, resolved.notice, trust_remote_code
     )
+
+
+def family_of(config: Mapping[str, Any]) -> type[Family] | None:
+    """The family of a model by its `config.json`; None where none is known."""
+    architectures: list[str] = config.get("architectures") or []
+    if config.get("model_type") == RecurrentConfig.model_type:
+        return RecurrentFamily
+    if config.get("model_type") == NGramConfig.model_type:
+        return NGramFamily
+    if SEQ2SEQ_MODELS.intersection(architectures):
+        return Seq2SeqFamily
+    if is_encoder(config):
+        return EncoderFamily
+    return DecoderFamily if any("CausalLM" in name or "LMHead" in name for name in architectures) else None

@@ -22,7 +22,11 @@ Pairs = Sequence[tuple[list[int], list[int]]]
 """Token ids of context, one or more, and continuation."""
 
 LONGEST_ROW = 256
-"""Tokens of one tree: attention grows with their square. A longer sequence is a tree of its own."""
+"""Tokens of one tree: attention grows with their square."""
+
+WORTH_OF_SHARING = 4
+"""Tokens that a tree may have beyond that for every token that its next sequence would share: reading a long beginning
+once more costs more than attention over a longer row."""
 
 
 @dataclass
@@ -66,12 +70,13 @@ class Tree:
 
 
 def grow_trees(pairs: Pairs) -> list[Tree]:
-    """All pairs, in trees of at most `LONGEST_ROW` tokens."""
+    """All pairs, in trees of about `LONGEST_ROW` tokens, or more where a longer beginning is shared."""
     sequences = [context + rest for context, rest in pairs]
     trees = [Tree()]
     for index in sorted(range(len(pairs)), key=lambda i: sequences[i]):
         ids, tree = sequences[index], trees[-1]
-        if tree.tokens and len(tree.tokens) + len(ids) - len(tree.common(ids)) > LONGEST_ROW:
+        shared = len(tree.common(ids))
+        if tree.tokens and len(tree.tokens) + len(ids) - shared > LONGEST_ROW + WORTH_OF_SHARING * shared:
             tree = Tree()
             trees.append(tree)
         tree.add(index, ids)

@@ -3,12 +3,21 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from retain.types import Example
 
-__all__ = ["END", "PAD", "SMALLEST_VOCABULARY", "character_tokenizer", "check_sizes", "read_aloud", "subword_tokenizer"]
+__all__ = [
+    "END",
+    "PAD",
+    "SMALLEST_VOCABULARY",
+    "character_tokenizer",
+    "check_sizes",
+    "read_aloud",
+    "subword_tokenizer",
+    "word_tokenizer",
+]
 
 END = "<|endoftext|>"
 """Ends a text; trained as the stop token."""
@@ -16,7 +25,10 @@ END = "<|endoftext|>"
 PAD = "<|pad|>"
 
 SMALLEST_VOCABULARY = 2 + 256
-"""Either tokenizer keeps a token for every byte, so that any text goes in and comes out unchanged."""
+"""Every tokenizer keeps a token for every byte, so that any text goes in and comes out unchanged."""
+
+WORDS = r" ?\p{L}[\p{L}\p{M}'’]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+"""A word, a number or signs, each with the space before it; else one white space."""
 
 
 def read_aloud(example: Example) -> str:
@@ -51,11 +63,25 @@ def character_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedT
         texts: whose commonest characters are kept.
         vocab_size: tokens at most, `SMALLEST_VOCABULARY` or more.
     """
-    counts = Counter(character for text in texts for character in text)
-    common = sorted(counts, key=lambda character: (-counts[character], character))
-    tokens = [END, PAD, *(f"<0x{byte:02X}>" for byte in range(256)), *common][:vocab_size]
-    vocab = {token: index for index, token in enumerate(tokens)}
+    vocab = _spelled(Counter(character for text in texts for character in text), vocab_size)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _wrapped(tokenizer)
+
+
+def word_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """One token a word, with the space before it; words outside the vocabulary are spelled in UTF-8 bytes.
+
+    Args:
+        texts: whose commonest words are kept.
+        vocab_size: tokens at most, `SMALLEST_VOCABULARY` or more.
+    """
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=_spelled(counts, vocab_size), merges=[], byte_fallback=True, ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _wrapped(tokenizer)
 
@@ -69,6 +95,13 @@ def check_sizes(**sizes: tuple[int, int]) -> None:
     for name, (value, least) in sizes.items():
         if value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
+def _spelled(counts: Counter[str], vocab_size: int) -> dict[str, int]:
+    """The numbers of the control tokens, of every byte, and of the commonest pieces as far as there is room."""
+    common = sorted(counts, key=lambda piece: (-counts[piece], piece))
+    tokens = [END, PAD, *(f"<0x{byte:02X}>" for byte in range(256)), *common]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens[:vocab_size]))}
 
 
 def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

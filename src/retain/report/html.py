@@ -12,6 +12,7 @@ from retain.errors import UserError
 from retain.evaluation.statistics import Interval
 from retain.report import wording
 from retain.report.definitions import DEFINITIONS, KL, PROBES
+from retain.report.distances import distances
 from retain.report.figures import Point, Scale, loss_curves, smoothed, trade_off, whisker
 from retain.report.headlines import VERDICTS, Headline, contrasts, headlines
 from retain.report.provenance import facts, settings, speed
@@ -157,6 +158,7 @@ def _names() -> dict[str, Any]:
         "confidence": wording.CONFIDENCE,
         "curve": lambda stage: loss_curves(stage.history, title=_loss_words(stage)),
         "definitions": DEFINITIONS,
+        "distances": distances,
         "facts": facts,
         "flips": _flips,
         "has_penalty": lambda stages: any(info.penalty for stage in stages for info in stage.history),

@@ -15,7 +15,7 @@ from retain.types import StageRecord
 __all__ = ["Fact", "Setting", "Speed", "facts", "settings", "speed"]
 
 COUNTED = ("seconds", "steps", "targets", "tokens", "tokens_per_second", "training_seconds")
-ELSEWHERE = frozenset({"method", "notes", "settings", "sources", "strategy", *COUNTED})
+ELSEWHERE = frozenset({"method", "notes", "settings", "sources", "strategy", "task_distances", *COUNTED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from rich.text import Text
 
 from retain.report import wording
 from retain.report.definitions import DEFINITIONS, KL, PROBES
+from retain.report.distances import distances
 from retain.report.headlines import VERDICTS, contrasts, headlines
 from retain.report.summary import Cell, Shift, Summary
 from retain.types import Record
 
-__all__ = ["abilities_table", "comparison", "losses_table", "matrix_table", "print_summary"]
+__all__ = ["abilities_table", "comparison", "distances_table", "losses_table", "matrix_table", "print_summary"]
 
 STYLES = {"gained": "green", "lost": "bold red", "noise": "", "unknown": "dim"}
 WIDE, NUM_DENSE = 4, 12
@@ -92,6 +93,23 @@ def abilities_table(record: Record) -> RenderableType:
     return _shifts_table(shifts, "ability", "base", "now") if shifts else _text(headlines(summary)[2].text)
 
 
+def distances_table(record: Record) -> RenderableType | None:
+    """How far apart every two tasks are, the farthest first; None where it was not measured."""
+    pairs = distances(record.stages).farthest_first
+    if not pairs:
+        return None
+    table = _table()
+    for title in ("task", "and"):
+        table.add_column(title, no_wrap=True, max_width=22, overflow="ellipsis")
+    for title in ("nats a character", wording.plain(wording.CONFIDENCE)):
+        table.add_column(title, justify="right", no_wrap=True)
+    for (one, other), found in pairs[:NUM_DENSE]:
+        ends = wording.level_range(found.low, found.high, KL)
+        table.add_row(_name(one), _name(other), _text(wording.level(found.mean, KL, unit=False)), _text(ends))
+    more = len(pairs) - NUM_DENSE
+    return Group(table, _text(f"{wording.plural(more, 'pair')} more in the report.", "dim")) if more > 0 else table
+
+
 def _shifts_table(shifts: Sequence[Shift], what: str, before: str, after: str) -> Table:
     """A row for every suite: levels, change, interval, verdict."""
     table = _table()
@@ -166,11 +184,13 @@ def print_summary(console: Console, records: Sequence[Record]) -> None:
         console.print(_text(card.text))
     for title, body in (
         ("Score matrix", matrix_table(record)),
+        ("How far apart the tasks are", distances_table(record)),
         ("What each old task lost", losses_table(record)),
         ("General abilities: change of the margin", abilities_table(record)),
     ):
-        console.print()
-        console.print(_text(title, "bold"))
-        console.print(body)
+        if body is not None:
+            console.print()
+            console.print(_text(title, "bold"))
+            console.print(body)
     for note in record.notes:
         console.print(_text(f"note: {wording.clip(note, MAX_NOTE)}", "dim"))

@@ -14,15 +14,10 @@ from typing import ClassVar
 from torch import nn
 
 from retain.errors import CompatibilityError
+from retain.parameters import is_embedding, layer_number, modules_of
 from retain.strategies.strategy import State, Strategy, TaskView
 
 __all__ = ["FreezeLayers"]
-
-LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.|_l(\d+)(?:_reverse)?$")
-"""A layer's number in a parameter's name: `model.layers.3.`, `transformer.h.3.`, `encoder.layer.3.`, `bias_hh_l3`."""
-
-EMBEDDING = re.compile(r"(?:^|\.)(?:embed_\w+|\w*embeddings?|wte|wpe|shared)\.")
-"""A parameter of the embeddings: `model.embed_tokens.`, `transformer.wte.`, `embeddings.`, `shared.`"""
 
 
 @dataclass
@@ -89,20 +84,20 @@ class FreezeLayers(Strategy):
 
     def _bottom(self, names: list[str]) -> list[str]:
         """Parameters of the embeddings and of the bottom layers."""
-        numbers = {name: int(found[1] or found[2]) for name in names if (found := LAYER.search(name))}
+        numbers = {name: number for name in names if (number := layer_number(name)) is not None}
         count = len(set(numbers.values()))
         if self.num_layers and self.num_layers >= count:
             raise CompatibilityError(
                 f"strategy.num_layers: {self.num_layers} layers cannot be frozen, as the model has {count}",
-                problems=[f"its parameters are in {', '.join(parts(names))}"],
+                problems=[f"its parameters are in {', '.join(modules_of(names))}"],
                 hint="freeze fewer, or name the parameters with `patterns` and set `num_layers: 0`",
             )
         frozen = [name for name, number in numbers.items() if number < self.num_layers]
-        read = [name for name in names if name not in numbers and EMBEDDING.search(name)] if self.embeddings else []
+        read = [name for name in names if name not in numbers and is_embedding(name)] if self.embeddings else []
         if self.embeddings and not read:
             raise CompatibilityError(
                 "strategy.embeddings: no parameter of this model is named as an embedding's",
-                problems=[f"its parameters are in {', '.join(parts(names))}"],
+                problems=[f"its parameters are in {', '.join(modules_of(names))}"],
                 hint="name it with `patterns` and set `embeddings: false`",
             )
         return [*read, *frozen]
@@ -113,12 +108,7 @@ class FreezeLayers(Strategy):
         if empty := [pattern for pattern, matches in found.items() if not matches]:
             raise CompatibilityError(
                 f"strategy.patterns: {', '.join(map(repr, empty))} is found in no parameter's name",
-                problems=[f"the parameters are in {', '.join(parts(names))}"],
+                problems=[f"the parameters are in {', '.join(modules_of(names))}"],
                 hint="`patterns` are regular expressions for names such as " + repr(names[0]),
             )
         return [name for matches in found.values() for name in matches]
-
-
-def parts(names: list[str]) -> list[str]:
-    """The modules that the parameters lie in, each once, with `*` for a layer's number."""
-    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0] or name) for name in names})

@@ -26,6 +26,7 @@ class Joint(Strategy):
     """
 
     name: ClassVar[str] = "joint"
+    needs_gradients: ClassVar[bool] = False  # `copied` and `put_back` know counts, too
     stands_alone: ClassVar[bool] = True
     remembers: ClassVar[bool] = False  # nothing of the base model but its weights
 

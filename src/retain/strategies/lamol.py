@@ -47,6 +47,7 @@ class LAMOL(Strategy):
 
     name: ClassVar[str] = "lamol"
     reference: ClassVar[str] = "https://arxiv.org/abs/1909.03329"
+    writes: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 
     gamma: float = 0.2

@@ -38,7 +38,6 @@ class Replay(Strategy):
     """
 
     name: ClassVar[str] = "replay"
-    needs_gradients: ClassVar[bool] = False
     reference: ClassVar[str] = "https://arxiv.org/abs/1902.10486"
 
     capacity: int = 1000
@@ -47,6 +46,11 @@ class Replay(Strategy):
     balance: Literal["task", "none"] = "task"
     budget: Literal["add", "replace"] = "add"
     selection: Selection = "reservoir"
+
+    @property
+    def needs_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not for rows themselves; an embedding is a network's."""
+        return self.selection in ("herding", "kmeans")
 
     def __post_init__(self) -> None:
         self.memory = Reservoir(self.capacity, self.capacity_bytes, self.selection)

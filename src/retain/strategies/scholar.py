@@ -46,6 +46,7 @@ class Scholar(Strategy):
 
     name: ClassVar[str] = "scholar"
     reference: ClassVar[str] = "https://arxiv.org/abs/1705.08690"
+    writes: ClassVar[bool] = True
     copies_network: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 

@@ -28,6 +28,7 @@ class SingleTask(Strategy):
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.10112"
     needs_task_name: ClassVar[bool] = True
     remembers: ClassVar[bool] = False  # nothing of the base model but its weights, which the first task finds
+    needs_gradients: ClassVar[bool] = False  # `copied` and `put_back` know counts, too
     stands_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

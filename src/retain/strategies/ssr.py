@@ -60,6 +60,7 @@ class SSR(Strategy):
 
     name: ClassVar[str] = "ssr"
     reference: ClassVar[str] = "https://arxiv.org/abs/2403.01244"
+    writes: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 
     num: int = 200

@@ -9,7 +9,7 @@ One optimizer step calls the places in this order; `trainer.train_task` is the o
     after_step       after the optimizer moved the weights
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -27,8 +27,18 @@ State = dict[str, Any]
 class ModelOutputs(Protocol):
     """What a strategy may know of a forward pass (`models.family.Outputs` in this package)."""
 
+    @property
+    def hidden(self) -> Tensor:
+        """(num_targets, width), what the output head is given, in the order of the batch's counted targets."""
+        ...
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """(n, width) -> (n, vocabulary), the output head; for terms that never hold the logits of all targets."""
+        ...
+
     def logits(self) -> Tensor:
-        """(num_targets, vocabulary), in the order of the batch's counted targets."""
+        """(num_targets, vocabulary): the head of `hidden`."""
         ...
 
 
@@ -147,6 +157,8 @@ class Strategy:
     """It keeps a second network of the model's shape, so a `Chain` refuses it beside one that grows the model."""
     reads_text: ClassVar[bool] = False
     """It writes rows like those that it reads, so it needs them as conversations or text, not as token ids."""
+    writes: ClassVar[bool] = False
+    """It lets the model write text, so it needs one that can."""
     stands_alone: ClassVar[bool] = False
     """It replaces the training that others protect, so a `Chain` refuses it."""
 
