@@ -13,9 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from retain.data.packing import pack, pad, shifted
 from retain.data.rendering import Renderer
-from retain.errors import CompatibilityError
 from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal, likelihoods
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, cannot_count
 from retain.models.head import check_head, run_to_head
 from retain.models.tree import grow_trees, reads_trees, tree_likelihoods
 from retain.models.vocabulary import SMALLEST_VOCABULARY, check_sizes, read_aloud, subword_tokenizer
@@ -185,4 +184,4 @@ class DecoderFamily:
         Raises:
             CompatibilityError: always.
         """
-        raise CompatibilityError("a decoder cannot be fitted by counting", hint="train it with `retain train`")
+        raise cannot_count("a decoder")

@@ -42,7 +42,7 @@ from retain.models.encoder_heads import equipped
 from retain.models.encoder_outputs import class_logits, outputs_of, pseudo_likelihoods
 from retain.models.encoder_rows import ended, labelled_row, tagged_row, text_row
 from retain.models.encoder_tokenizer import SMALLEST, encoder_tokenizer, readable
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
 from retain.models.masking import masked
 from retain.models.vocabulary import check_sizes, read_aloud
 from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
@@ -190,7 +190,7 @@ class EncoderFamily:
             CompatibilityError: packing is asked for.
         """
         if packed:
-            raise CompatibilityError("an encoder cannot read packed documents apart", hint="set train.packing to never")
+            raise cannot_pack("an encoder")
         batch = pad(rows, pad_id=tokenizer.pad_token_id)
         inputs = dict(batch.inputs)
         types = inputs.pop("token_type_ids", None)
@@ -277,7 +277,7 @@ class EncoderFamily:
         Raises:
             CompatibilityError: always.
         """
-        raise CompatibilityError("an encoder cannot be fitted by counting", hint="train it with `retain train`")
+        raise cannot_count("an encoder")
 
     def _padded(self, tokenizer: Tokenizer) -> Callable[[Sequence[Encoded]], Batch]:
         """Rows into a batch."""

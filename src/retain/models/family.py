@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retain.data.rendering import Renderer
+from retain.errors import CompatibilityError
 from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
 
-__all__ = ["Family", "Outputs", "Tokenizer", "pretrained"]
+__all__ = ["Family", "Outputs", "Tokenizer", "cannot_count", "cannot_pack", "pretrained"]
 
 Tokenizer = Any
 """A `transformers` tokenizer (they share no typed base that pyright can see through)."""
@@ -20,6 +21,16 @@ Tokenizer = Any
 def pretrained(model: nn.Module) -> PreTrainedModel:
     """The model with what `transformers` gives it; a wrapper of PEFT's passes all of that on."""
     return cast("PreTrainedModel", model)
+
+
+def cannot_count(what: str) -> CompatibilityError:
+    """The error of `fit` for a kind of model that learns by gradients."""
+    return CompatibilityError(f"{what} cannot be fitted by counting", hint="train it with `retain train`")
+
+
+def cannot_pack(what: str) -> CompatibilityError:
+    """The error of `collate` for a kind of model whose packed documents would see one another."""
+    return CompatibilityError(f"{what} cannot read packed documents apart", hint="set train.packing to never")
 
 
 @dataclass(frozen=True)

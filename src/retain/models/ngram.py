@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from retain.data.packing import pad, shifted
 from retain.data.rendering import Renderer
-from retain.errors import CompatibilityError, ModelError
+from retain.errors import ModelError
 from retain.models.arpa import write_arpa
 from retain.models.backoff import Floats, windows
 from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, cannot_pack
 from retain.models.hub import resolve
 from retain.models.kneser_ney import tally
 from retain.models.ngram_network import ClassCounts, NGramConfig, NGramForCausalLM
@@ -137,9 +137,7 @@ class NGramFamily:
             CompatibilityError: packing is asked for.
         """
         if packed:
-            raise CompatibilityError(
-                "an n-gram model cannot read packed documents apart", hint="set train.packing to never"
-            )
+            raise cannot_pack("an n-gram model")
         return pad(rows, pad_id=tokenizer.pad_token_id or 0)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from retain.data.packing import pad, shifted
 from retain.data.rendering import Renderer
-from retain.errors import CompatibilityError, ModelError
+from retain.errors import ModelError
 from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal, likelihoods
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
 from retain.models.head import run_to_head
 from retain.models.recurrent_likelihood import state_likelihoods
 from retain.models.recurrent_network import CELLS, RecurrentConfig, RecurrentForCausalLM
@@ -145,9 +145,7 @@ class RecurrentFamily:
             CompatibilityError: packing is asked for.
         """
         if packed:
-            raise CompatibilityError(
-                "a recurrent model cannot read packed documents apart", hint="set train.packing to never"
-            )
+            raise cannot_pack("a recurrent model")
         return pad(rows, pad_id=tokenizer.pad_token_id or 0)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
@@ -206,6 +204,4 @@ class RecurrentFamily:
         Raises:
             CompatibilityError: always.
         """
-        raise CompatibilityError(
-            "a recurrent network cannot be fitted by counting", hint="train it with `retain train`"
-        )
+        raise cannot_count("a recurrent network")

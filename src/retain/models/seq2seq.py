@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from retain.data.packing import pad
 from retain.data.rendering import Renderer
-from retain.errors import CompatibilityError, ModelError
+from retain.errors import ModelError
 from retain.models.causal import causal_loss, choose_by_answer
 from retain.models.denoising import SENTINELS, Markers, denoised
-from retain.models.family import Outputs, Tokenizer
+from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
 from retain.models.head import check_head, run_to_head
 from retain.models.seq2seq_inference import answer_likelihoods, generate_answers, start_id
 from retain.models.vocabulary import END, SMALLEST_VOCABULARY, check_sizes, read_aloud, subword_tokenizer
@@ -169,9 +169,7 @@ class Seq2SeqFamily:
             CompatibilityError: packing is asked for.
         """
         if packed:
-            raise CompatibilityError(
-                "an encoder-decoder model cannot read packed documents apart", hint="set train.packing to never"
-            )
+            raise cannot_pack("an encoder-decoder model")
         return pad(rows, pad_id=tokenizer.pad_token_id or 0)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
@@ -229,9 +227,7 @@ class Seq2SeqFamily:
         Raises:
             CompatibilityError: always.
         """
-        raise CompatibilityError(
-            "an encoder-decoder model cannot be fitted by counting", hint="train it with `retain train`"
-        )
+        raise cannot_count("an encoder-decoder model")
 
     def _hidden_tokens(self) -> list[str]:
         """The tokens of the vocabulary that denoising needs."""
