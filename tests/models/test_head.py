@@ -7,7 +7,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from retain.errors import ModelError
-from retain.models.head import check_head, run_to_head
+from retain.models.head import check_head, contiguous_input, run_to_head
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -72,3 +72,17 @@ def test_an_unknown_scaling_is_refused() -> None:
     model = Doubled(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4, n_positions=64)).eval()
     with pytest.raises(ModelError, match="unknown way"):
         check_head(model)
+
+
+def test_the_head_reads_a_contiguous_copy_of_the_last_positions() -> None:
+    torch.manual_seed(0)
+    model = gpt2().eval()
+    ids = torch.randint(0, 60, (3, 11))
+    plain = model(ids, logits_to_keep=1).logits
+    seen: list[bool] = []
+    with contiguous_input(model):
+        handle = model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, plain)
+    model(ids, logits_to_keep=1)
+    handle.remove()
+    assert seen == [True, False]
