@@ -109,7 +109,8 @@ CANDIDATES: dict[str, list[Setting]] = {
     "olora": rates("olora", "lora"),
     "progressive": rates("progressive", "adapter"),
     "replay + ewc": [
-        Setting([link("replay", ratio=RATIO), link("ewc", strength=value, num_samples=64)]) for value in (0.1, 1.0)
+        Setting([link("replay", ratio=ratio), link("ewc", strength=strength, num_samples=64)])
+        for ratio, strength in ((RATIO, 0.1), (RATIO, 1.0), (0.6, 0.1))
     ],
     "replay + self_replay": [Setting([link("replay", ratio=RATIO), link("self_replay", ratio=RATIO)])],
     "replay + wise_ft": [Setting([link("replay", ratio=RATIO), link("wise_ft", alpha=0.6)])],
@@ -137,7 +138,7 @@ def run(
 def model_name(stream: dict[str, Any]) -> str:
     """Of the stream's model, or of the family that starts from nothing."""
     model = stream["model"]
-    return model if isinstance(model, str) else str(model.get("name") or model.get("cell"))
+    return Path(model if isinstance(model, str) else str(model.get("name") or model.get("cell"))).name
 
 
 def method_name(stream: dict[str, Any]) -> str:
@@ -172,7 +173,6 @@ class Table:
     tuning: dict[str, Any]
     folder: Path
     kept: Path
-    bases: dict[tuple[str, int], Lineage] = field(default_factory=dict[tuple[str, int], Lineage])
 
     def __post_init__(self) -> None:
         text = self.kept.read_text(encoding="utf-8") if self.kept.exists() else "{}"
@@ -183,14 +183,24 @@ class Table:
         key = f"{kind} | {name} | {setting} | {seed}"
         if key not in self.results:
             log.info("%s", key)
-            path = self.folder / re.sub(r"[^\w.+-]+", "_", key)
             stream = self.stream if kind == "test" else self.tuning
-            lineage = run(stream, setting, name, seed, path, self.bases.get((kind, seed)))
-            if lineage is not None:
-                self.bases.setdefault((kind, seed), lineage)
+            lineage = run(stream, setting, name, seed, self.path(key), self.base(kind, seed))
             self.results[key] = figures(lineage) if lineage else None
             self.kept.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         return self.results[key]
+
+    def path(self, key: str) -> Path:
+        """Of a run's lineage."""
+        return self.folder / re.sub(r"[^\w.+-]+", "_", key)
+
+    def base(self, kind: str, seed: int) -> Lineage | None:
+        """A finished run on the same rows, whose base model need not be scored again."""
+        finished = (
+            self.path(key)
+            for key, result in self.results.items()
+            if result and key.startswith(f"{kind} | ") and key.endswith(f" | {seed}")
+        )
+        return next((Lineage.open(path) for path in finished if path.exists()), None)
 
     def best(self, name: str) -> Setting:
         """The candidate that the tuning stream prefers."""
