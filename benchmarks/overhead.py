@@ -222,8 +222,9 @@ def main() -> None:
         "# What strategies cost", "",
         f"{arguments.model}, {precision}, {torch.get_num_threads()} thread(s) on {distributed.device().type} "
         f"({os.cpu_count()} cores). Medians of {arguments.repeats} steps, taken in turn, with quartiles. "
-        "Seconds on a CPU are of computing, not of waiting. Kept: the memory; while learning: with buffers. EWC, SI, MAS and L2 hold one old stage; a quarter of "
-        "replay's tokens are old, and a step has as many tokens as without.", "",
+        "Seconds on a CPU are of computing, not of waiting. Kept: the memory; while learning: with buffers. EWC, SI, "
+        "MAS and L2 hold one old stage; a quarter of replay's tokens are old, and a step has as many tokens as "
+        "without.", "",
     ]  # fmt: skip
     for name in arguments.methods:
         method = METHODS[name]()
