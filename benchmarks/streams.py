@@ -98,10 +98,6 @@ SCIENCE = Part(
     "arc_easy", "{prompt}\nAnswer:\n", {"metric": "accuracy"},
     lambda row: len(set(row["choices"])) == len(row["choices"]), 160,
 )  # fmt: skip
-TOPIC = Part(
-    "sib200_multi", "{prompt}\nTopic:\n", {"metric": "exact_match", "max_new_tokens": 5},
-    lambda row: row["task"] in ("sib200_fra_Latn", "sib200_deu_Latn"), 190,
-)  # fmt: skip
 RESTAURANT = Part("e2e_nlg", "{prompt}\nDescription:\n", {"metric": "rouge_l", "max_new_tokens": 24}, longest=160)
 LANGUAGE = Part(
     "sib200_multi", "{prompt:.24}\nLanguage:\n", LABEL,
@@ -122,10 +118,16 @@ STREAMS: dict[str, Row] = {
     "smollm2": {
         "model": {"name": "smollm2-135m", "template": "plain"},
         "method": {"name": "lora", "r": 16, "alpha": 32},
-        "tasks": {"intent": INTENT, "science": SCIENCE, "topic": TOPIC, "restaurant": RESTAURANT, "subject": SUBJECT},
+        "tasks": {
+            "intent": INTENT,
+            "science": SCIENCE,
+            "language": LANGUAGE,
+            "restaurant": RESTAURANT,
+            "subject": SUBJECT,
+        },
         "train": {"learning_rate": 1.0e-3, "num_train_epochs": 2, "max_length": 256},
-        "evaluation": {"max_probes": 44, "max_texts": 8, "matrix": "ends"},
-        "tuning": {"intent", "science", "topic"},
+        "evaluation": {"max_probes": 33, "max_texts": 6, "matrix": "ends"},
+        "tuning": {"intent", "science", "language"},
     },
     "small": SMALL,
     "small_lora": {
