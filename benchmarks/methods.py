@@ -1,17 +1,23 @@
 """Every method on every family: what is trained, what it costs, what it learns, and what a second task undoes.
 
+    python benchmarks/methods.py --data FOLDER [--pretrained FOLDER] [--only lora ia3] [--folder runs/methods]
     python benchmarks/methods.py FAMILY.yaml ... [--only lora ia3] [--folder runs/methods]
 
-FAMILY.yaml is a recipe without `method` and `strategy`, named for its family: a model, two tasks, training with the
-learning rate of LoRA. Each method learns both tasks in order, without protection, in a process of its own. What a cell
-came to is kept in results/methods.json, so the command, called again, goes on where it stopped; it ends by writing
-results/methods.md. A cell that is refused says why.
+FOLDER holds banking77's train.jsonl and test.jsonl with `prompt` and `completion`: a recipe is written for each family,
+of two tasks of 11 intents. Seq2seq and decoder are what `benchmarks/pretrain_small.py` wrote to the folder of
+`--pretrained`; without it, a T5 from nothing and smollm2-135m. Else FAMILY.yaml is a recipe without `method` and
+`strategy`, named for its family: a model, two tasks, training with the learning rate of LoRA.
+
+Each method learns both tasks in order, without protection, in a process of its own. What a cell came to is kept in
+results/methods.json, so the command, called again, goes on where it stopped, a cell that was cut short from its
+beginning; it ends by writing results/methods.md. A cell that is refused says why.
 """
 
 import argparse
 import json
 import logging
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from streams import INTENT, INTENTS, OTHER_INTENTS, Part, Row, labelled, write
 
 from retain import distributed
 from retain.config import load_config
@@ -78,8 +85,54 @@ CELLS: dict[str, Cell] = {
 }
 
 
+MODELS: dict[str, Row] = {
+    "ngram": {"model": {"family": "ngram", "order": 3}},
+    "recurrent": {"model": {"family": "recurrent", "cell": "lstm", "hidden_size": 128, "vocab_size": 1024}},
+    "encoder": {"model": {"name": "minilm-l6"}},
+    "seq2seq": {"model": {"family": "seq2seq", "architecture": "t5", "d_model": 128, "vocab_size": 1024}},
+    "decoder": {"model": {"name": "smollm2-135m"}},
+}
+PRETRAINED = {"seq2seq": "t5", "decoder": "llama"}
+"""Of the families of which `pretrain_small.py` makes a model, its name."""
+RATES = {"recurrent": 1e-2, "seq2seq": 3e-3}
+"""LoRA's, where it is not 1e-3."""
+EPOCHS = {"recurrent": 16, "seq2seq": 8}
+"""Where they are not 4."""
+
+
+def recipes(data: Path, pretrained: Path | None, folder: Path, *, num_train: int, num_test: int) -> list[Path]:
+    """A recipe for each family, and the rows of two tasks: 11 intents, and 11 others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks: list[Row] = []
+    for name, labels in (("intent", INTENTS), ("other", OTHER_INTENTS)):
+        part = Part(data.name, INTENT.frame, {}, labelled(*labels), INTENT.longest)
+        parts = part.rows(data.parent, num_test)
+        rows = {"train": (parts["train"] + parts["validation"])[:num_train], "test": parts["test"]}
+        files = {
+            split: write(
+                folder / f"{name}.{split}.jsonl",
+                [{"text": row["prompt"], "label": row["completion"]} for row in found],
+            )
+            for split, found in rows.items()
+        }
+        tasks.append({"name": name, **files, "metric": "accuracy", "choices": list(labels)})
+    made: list[Path] = []
+    for family, settings in MODELS.items():
+        model = dict(settings["model"])
+        if pretrained is not None and family in PRETRAINED:
+            model = {"name": str((pretrained / PRETRAINED[family]).resolve())}
+        training = {
+            "learning_rate": RATES.get(family, 1e-3), "num_train_epochs": EPOCHS.get(family, 4), "max_length": 128,
+        }  # fmt: skip
+        recipe = {"model": {**model, "template": "plain"}, "tasks": tasks, "train": training}
+        made.append(folder / f"{family}.yaml")
+        made[-1].write_text(write_recipe(recipe), encoding="utf-8")
+    return made
+
+
 def learn(recipe: Path, name: str, folder: Path) -> dict[str, Any]:
     """One cell: both tasks learned, and the last stage loaded again."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a cell that was cut short: time and memory are of one process
     settings, _ = read_recipe(recipe)
     for task in settings["tasks"]:
         task |= {key: str((recipe.parent / task[key]).resolve()) for key in ("train", "test") if key in task}
@@ -157,19 +210,17 @@ def same(one: Answer, other: Answer) -> bool:
     return one.answer == other.answer and abs((one.margin or 0) - (other.margin or 0)) < CLOSE
 
 
-def in_a_process(recipe: Path, name: str, folder: Path) -> dict[str, Any]:
-    """What a cell came to, or why it was refused, learned in a process of its own, whose memory is its own, too."""
+def in_a_process(recipe: Path, name: str, folder: Path) -> dict[str, Any] | None:
+    """What a cell came to, or why it was refused, in a process whose memory is its own; None where it broke."""
     command = [sys.executable, __file__, str(recipe), "--cell", name, "--folder", str(folder)]
     made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if made.returncode:
-        raise SystemExit(f"{recipe.stem}, {name}: the process ended with {made.returncode}")
-    return json.loads(made.stdout.splitlines()[-1])
+    return None if made.returncode else json.loads(made.stdout.splitlines()[-1])
 
 
 def shown(found: dict[str, Any], scratch: dict[str, Any]) -> list[str]:
     """The columns of a cell."""
     if "refused" in found:
-        return [f"refused: {found['refused']}", *[""] * 8]
+        return [f"refused: {found['refused']}", *["–"] * 8]
     start = f"{100 * scratch['after']:.1f}" if "after" in scratch else f"refused: {scratch.get('refused', 'not run')}"
     return [
         f"{found['trained']:,}", f"{found['memory'] / 1e6:.0f}", f"{found['seconds']:.0f}",
@@ -184,8 +235,9 @@ def written(results: dict[str, dict[str, Any]], recipes: list[Path]) -> str:
         "# Methods on families", "",
         "Two tasks, one after the other, without protection. Scores, in per cent, are of the first task: of the base",
         "model, after it was learned, and as learned by the same network with random weights. Forgetting, in points,",
-        "is what learning the second task took from it. Memory is the largest resident size of the whole process;",
-        "bytes are those of the weights that a stage keeps. `reload`: loaded again, it gives each recorded answer.", "",
+        "is what learning the second task took from it. Memory is the largest resident size of the whole process, and",
+        "seconds are of both tasks with all scoring; bytes are those of the weights that a stage keeps. `reload`: does",
+        "it, loaded again, give each recorded answer? An n-gram model has counts and no parameters.", "",
         "| family | method | trained parameters | memory, MB | seconds | on disk, MB | before | after | from scratch "
         "| forgetting | reload |",
         "|---|---|" + "--:|" * 8 + "---|",
@@ -201,7 +253,12 @@ def written(results: dict[str, dict[str, Any]], recipes: list[Path]) -> str:
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", type=Path, nargs="+")
+    parser.add_argument("recipes", type=Path, nargs="*")
+    parser.add_argument("--data", type=Path, help="banking77, of which recipes are made")
+    parser.add_argument("--pretrained", type=Path, help="with t5 and llama, for these recipes")
+    parser.add_argument("--families", nargs="+", choices=list(MODELS), default=list(MODELS), help="of these recipes")
+    parser.add_argument("--rows", type=int, default=132, help="training rows of each task of these recipes")
+    parser.add_argument("--test-rows", type=int, default=110, help="test rows of each")
     parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is written")
@@ -213,23 +270,36 @@ def main() -> None:
             found = learn(arguments.recipes[0].resolve(), arguments.cell, arguments.folder.resolve())
         except UserError as error:
             said = error.problems if error.message.startswith("these choices") else (error.message, *error.problems)
-            found = {"refused": "; ".join(said).replace("|", "/")}
+            reasons = [reason.removeprefix(f"$.method: {CELLS[arguments.cell].method['name']}: ") for reason in said]
+            found = {"refused": "; ".join(reasons).replace("|", "/")}
         print(json.dumps(found))
         return
     arguments.results.mkdir(parents=True, exist_ok=True)
     kept = arguments.results / "methods.json"
     results: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    for recipe in arguments.recipes:
+    tried: list[Path] = list(arguments.recipes)
+    if arguments.data:
+        own = arguments.folder / "recipes"
+        sizes = {"num_train": arguments.rows, "num_test": arguments.test_rows}
+        made = recipes(arguments.data.resolve(), arguments.pretrained, own, **sizes)
+        tried += [recipe for recipe in made if recipe.stem in arguments.families]
+    broken: list[str] = []
+    for recipe in tried:
         for name in arguments.only:
             key = f"{recipe.stem} | {name}"
             if key not in results:
                 log.info("%s", key)
                 folder = arguments.folder / recipe.stem / name.replace(", ", "-").replace(" ", "_")
-                results[key] = in_a_process(recipe, name, folder)
+                if (found := in_a_process(recipe, name, folder)) is None:
+                    broken.append(key)
+                    continue
+                results[key] = found
                 kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    text = written(results, arguments.recipes)
+    text = written(results, tried)
     (arguments.results / "methods.md").write_text(text, encoding="utf-8")
     print(text)
+    if broken:
+        raise SystemExit(f"these broke, and are missing: {'; '.join(broken)}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ STREAMS: dict[str, Row] = {
         },
         "train": {"learning_rate": 1.0e-3, "num_train_epochs": 2, "max_length": 256},
         "evaluation": {"max_probes": 33, "max_texts": 6, "matrix": "ends"},
-        "tuning": {"intent", "science", "language"},
+        "tuning": {"intent", "language"},
     },
     "small": SMALL,
     "small_lora": {
@@ -162,8 +162,10 @@ def main() -> None:
                 recipes[kind].append({"name": task, "train": files["train"], "test": files[scored], **part.settings})
         recipes[".tune"] = [task for task in recipes[".tune"] if task["name"] in stream.get("tuning", stream["tasks"])]
         settings = {key: value for key, value in stream.items() if key != "tuning"}
+        unmeasured = {**stream["evaluation"], "probes": False, "kl": False}  # strengths are chosen by the tasks alone
         for kind, tasks in recipes.items():
-            recipe = yaml.safe_dump({**settings, "tasks": tasks}, sort_keys=False)
+            own = {"evaluation": unmeasured} if kind else {}
+            recipe = yaml.safe_dump({**settings, **own, "tasks": tasks}, sort_keys=False)
             (arguments.out / f"{name}{kind}.yaml").write_text(recipe, encoding="utf-8")
     texts = [row for split in ("train", "test") for row in read(arguments.data / "wikitext2_valid" / f"{split}.jsonl")]
     pretrain = {
