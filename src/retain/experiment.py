@@ -64,7 +64,7 @@ class Experiment:
         train, family, method = self.config.train, self.source.family, self.config.method
         return BoundTask(
             name=name,
-            examples=examples,
+            examples=family.unfold(examples),
             family=family,
             renderer=self.renderer,
             method=method,

@@ -310,7 +310,7 @@ def learn(experiment: Experiment, task: Task, *, accept: bool = False) -> None:
         view,
         strategy=experiment.strategy,
         config=config.train,
-        validation=task.validation,
+        validation=family.unfold(task.validation),
         observers=experiment.observers,
         folder=folder / "checkpoints",
         keep_last=config.budget.forgetting is not None,

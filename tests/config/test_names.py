@@ -37,6 +37,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "@dataclass\nclass Circle:\n    sides = 0\n    radius: float = 1.0\n    def area(self): return 3.14\n"
         "class Bare:\n    sides = 0\n    def area(self): return 0\n"
         "@dataclass\nclass Half:\n    sides = 0\n"
+        "from abc import ABC, abstractmethod\n"
+        "@dataclass\nclass Open(ABC):\n    sides = 0\n    @abstractmethod\n    def area(self): ...\n"
         "value = 3\n"
     )
     (tmp_path / "broken_for_names.py").write_text("1 / 0\n")
@@ -73,6 +75,7 @@ def test_a_class_of_the_users_own():
         ("mine_for_names:value", "$.shape: `mine_for_names` has no class `value`"),
         ("mine_for_names:Bare", "$.shape: `mine_for_names:Bare` is no shape: it is not a dataclass"),
         ("mine_for_names:Half", "$.shape: `mine_for_names:Half` is no shape: it lacks area"),
+        ("mine_for_names:Open", "$.shape: `mine_for_names:Open` is no shape: it lacks area"),
     ],
 )
 def test_what_cannot_be_found_is_said(name: str, says: str):

@@ -67,6 +67,18 @@ def test_choices_that_go_together(config: RunConfig):
     check_compatibility(replace(config, train=TrainConfig(packing="always")), FAMILIES["decoder"]())
 
 
+def test_changes_that_are_no_products_have_no_importance_as_weights(config: RunConfig):
+    """Before a model loads, also inside a chain; each half of the pair goes with others."""
+    wrong = replace(config, method=LoRA(use_dora=True), strategy=Chain(Replay(), EWC(space="weights")))
+    with pytest.raises(CompatibilityError) as caught:
+        check_compatibility(wrong, FAMILIES["decoder"]())
+    [problem] = caught.value.problems
+    assert problem.startswith("$.strategy: ewc: ")
+    assert "DoRA" in problem
+    check_compatibility(replace(wrong, method=LoRA()), FAMILIES["decoder"]())
+    check_compatibility(replace(wrong, strategy=EWC()), FAMILIES["decoder"]())
+
+
 def test_every_pair_that_does_not_go_together_is_named(config: RunConfig):
     wrong = replace(config, strategy=EWC(), train=TrainConfig(packing="always"))
     with pytest.raises(CompatibilityError) as caught:

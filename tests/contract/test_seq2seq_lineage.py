@@ -1,5 +1,6 @@
 """Encoder-decoder models through the whole of it: recipe, stages, interruption, answers, export."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from retain.lineage import Lineage
 from retain.models.seq2seq import Seq2SeqFamily
 from retain.models.source import open_source
 from retain.run import train
+from retain.storage.state import load_state
 from retain.strategies import Strategy
 from retain.task_view import BoundTask
 from retain.train_config import TrainConfig
@@ -126,6 +128,37 @@ def test_texts_that_are_hidden_anew_go_on_where_they_stopped(base: Path, write_r
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     losses = [info.loss for info in whole.load_stage(1).history]
     assert losses == [info.loss for info in again.load_stage(1).history]
+
+
+def test_all_answers_of_a_conversation_are_learned_and_replayed(
+    base: Path, write_recipe: Recipe, tmp_path: Path
+) -> None:
+    """One step holds the whole task, so its targets are the tokens of all answers, each with its EOS."""
+    roles = ["user", "assistant"] * 3
+    contents = [["a fox", "red", "and", "blue birds", "more", "one boat"], ["a dog", "lazy", "and", "far away"]]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in zip(roles, said, strict=False)]}
+        for said in contents
+    ]
+    tasks: list[dict[str, Any]] = []
+    for name, part in (("one", rows), ("two", rows[1:])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        tasks.append({"name": name, "train": str(file), "test": str(file)})
+    quiet = {"protect_base": "off", "evaluation": {"probes": False, "kl": False}}
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "max_length": 64, "precision": "fp32"}
+    recipe = write_recipe(
+        **quiet, model=str(base), tasks=tasks, train=settings, strategy={"name": "replay", "ratio": 0.5}
+    )
+    lineage = train(load_config(recipe).config)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    sizes = [[len(tokenizer(text_target=said)["input_ids"]) for said in talk[1::2]] for talk in contents]
+    [step] = lineage.load_stage(1).history
+    assert step.num_targets == sum(map(sum, sizes))
+    memory = load_state(lineage.stage_folder(1) / "memory")
+    [kept] = [value for value in memory.values() if isinstance(value, list) and len(value) == 5]
+    assert len({row.id for row in kept}) == 5
+    assert sorted(row.answer for row in kept) == sorted(said for talk in contents for said in talk[1::2])
 
 
 def test_the_model_is_known_by_its_config(base: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from retain.data.rendering import Renderer
 from retain.errors import ConfigError, DataError
 from retain.evaluation.forgetting import LOWER_IS_BETTER
 from retain.evaluation.scoring import METRICS, choice_margin, find_metric, score_task
-from retain.models.causal import answer_by_text, choose_by_answer
 from retain.models.decoder import DecoderFamily
+from retain.models.family import Family
 from retain.types import Example, Message, Task
 
 
@@ -37,15 +37,11 @@ class WrittenFamily:
         self.calls.append(len(prompts))
         return [next(said for asked, said in self.says.items() if asked in self.text(ids)) for ids in prompts]
 
-    def answer(self, model, renderer, prompts, **options) -> list[str]:
-        return answer_by_text(self, model, renderer, prompts, **options)
-
     def loglikelihood(self, model, tokenizer, pairs) -> list[float]:
         self.calls.append(len(pairs))
         return [self.nats[self.text(rest).removesuffix("<|im_end|>")] for _, rest in pairs]
 
-    def choose(self, model, renderer, rows) -> list[list[float]]:
-        return choose_by_answer(self, model, renderer, rows)
+    answer, choose = Family.answer, Family.choose
 
 
 @pytest.fixture(scope="module")

@@ -200,3 +200,13 @@ def test_knows_encoders_by_their_configuration() -> None:
     assert not is_encoder({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
     assert not is_encoder({"model_type": "bart", "architectures": ["BartModel"]})
     assert not is_encoder({"model_type": "bert", "architectures": ["BertLMHeadModel"]})
+
+
+@pytest.mark.parametrize("heads", ["shared", "per_task"])
+@pytest.mark.parametrize("name", ["colours", "topics", "tags", "text"])
+def test_labels_without_a_model_are_those_of_the_prepared_one(
+    build_encoder: Any, tasks: dict[str, Task], name: str, heads: str
+) -> None:
+    encoder = build_encoder(heads=heads).equip(tasks[name])
+    encoder.prepare(tasks[name])
+    assert encoder.family.labels_for(tasks[name]) == encoder.renderer.labels

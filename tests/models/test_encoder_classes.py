@@ -9,7 +9,7 @@ from torch import nn
 
 from retain.errors import CompatibilityError, DataError
 from retain.methods.lora import LoRA
-from retain.models.encoder_classes import classifiers, kind_of, labels_in, labels_of, resize
+from retain.models.encoder_classes import classifiers, kind_of, labels_in, labels_of, pooled_token, resize
 from retain.types import Task
 
 
@@ -31,6 +31,16 @@ def test_old_rows_stay_bit_for_bit(
     before = head.weight.clone()
     encoder.prepare(tasks["colours"])  # nothing is new
     assert torch.equal(head.weight, before)
+
+
+def test_the_token_that_a_classifier_reads(build_encoder: Callable[..., Any], tasks: dict[str, Task]) -> None:
+    """BERT's own configuration does not say it; of tags and text, no single state is read."""
+    for kind in ("colours", "topics", "tags", "text"):
+        encoder = build_encoder()
+        encoder.model.config.bos_token_id = None
+        encoder.equip(tasks[kind])
+        wanted = encoder.renderer.tokenizer.cls_token_id if kind in ("colours", "topics") else None
+        assert pooled_token(encoder.model) == wanted
 
 
 def test_a_new_row_depends_on_seed_and_name_alone() -> None:

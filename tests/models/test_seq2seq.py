@@ -159,6 +159,29 @@ def test_source_and_target_are_tokenised_as_transformers_does(
     assert renderer.stop_ids == (tokenizer.eos_token_id,)
 
 
+def test_every_answer_of_a_conversation_is_trained_once(family: Seq2SeqFamily, made: tuple[nn.Module, Any]) -> None:
+    """n answers, of which a decoder trains those with a weight after the first turn: so many sources and targets."""
+    tokenizer = made[1]
+    said = [
+        ("system", "be short", 1.0), ("user", "red?", 1.0), ("assistant", "yes", 1.0), ("user", "blue?", 1.0),
+        ("assistant", "wrong", 0.0), ("user", "fox?", 1.0), ("assistant", "no", 0.5),
+    ]  # fmt: skip
+    turns = tuple(Message(role, content, weight=weight) for role, content, weight in said)
+    talk = Example("talk", turns, choices=("no", "yes"), weight=2.0)
+    opened = Example("opened", (Message("assistant", "hello"), Message("user", "hi"), Message("assistant", "bye")))
+    unfolded = family.unfold([talk, *ROWS, opened])
+    assert [row.id for row in unfolded] == ["talk/2", "talk", *(row.id for row in ROWS), "opened"]
+    assert [*unfolded[1:5], unfolded[5]] == [talk, *ROWS, opened], "the rows themselves stay as they are"
+    assert unfolded[0].choices == (), "labels are those of the last answer"
+    first, last, *_ = (family.encode(row, Renderer(tokenizer)) for row in unfolded)
+    assert first.inputs["input_ids"] == tokenizer("be short\nred?")["input_ids"]
+    roles = "System: be short\nUser: red?\nAssistant: yes\nUser: blue?\nAssistant: wrong\nUser: fox?"
+    assert last.inputs["input_ids"] == tokenizer(roles)["input_ids"]
+    for row, answer, weight in ((first, "yes", 2.0), (last, "no", 1.0)):
+        assert row.targets == tokenizer(text_target=answer)["input_ids"]
+        assert row.weights == [weight] * len(row.targets)
+
+
 def test_the_decoder_starts_as_the_model_says(made: tuple[nn.Module, Any], family: Seq2SeqFamily) -> None:
     model, tokenizer = made
     started: list[int] = []

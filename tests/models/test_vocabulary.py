@@ -8,7 +8,9 @@ from retain.models.vocabulary import (
     END,
     PAD,
     SMALLEST_VOCABULARY,
+    TOKENIZERS,
     character_tokenizer,
+    check_transformer,
     subword_tokenizer,
     word_tokenizer,
 )
@@ -23,7 +25,7 @@ HARD = [
     "",
 ]
 
-every = pytest.mark.parametrize("learn", [subword_tokenizer, character_tokenizer, word_tokenizer])
+every = pytest.mark.parametrize("learn", TOKENIZERS.values())
 Learn = Callable[..., PreTrainedTokenizerFast]
 
 
@@ -76,3 +78,18 @@ def test_subwords_are_shorter_than_bytes():
     text = TEXTS[0]
     assert len(subword_tokenizer(TEXTS, vocab_size=400)(text)["input_ids"]) < len(text) / 2
     assert len(subword_tokenizer(TEXTS, vocab_size=258)(text)["input_ids"]) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vocab_size": 99}, "vocab_size: expected 100 or more, got 99"),
+        ({"layers": 0}, "layers: expected 1 or more, got 0"),
+        ({"heads": 3}, r"width: expected a multiple of heads \(3\), got 8"),
+    ],
+)
+def test_sizes_that_no_transformer_has_are_refused(change: dict[str, int], says: str):
+    sizes = {"width": 8, "heads": 4, "layers": 1, "vocab_size": 100}
+    check_transformer(sizes, width="width", heads="heads", least_vocabulary=100)
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        check_transformer(sizes | change, width="width", heads="heads", least_vocabulary=100)

@@ -33,7 +33,8 @@ def find(name: str, known: Mapping[str, type], protocol: type, path: str, proble
     if not isinstance(found, type):
         problems.append(f"{path}: `{module_name}` has no class `{class_name}`")
         return None
-    missing = sorted(member for member in members(protocol) if member not in dir(found))
+    unwritten: frozenset[str] = vars(found).get("__abstractmethods__", frozenset())
+    missing = sorted(member for member in members(protocol) if member not in dir(found) or member in unwritten)
     if missing or not is_dataclass(found):
         lacks = f"lacks {', '.join(missing)}" if missing else "is not a dataclass"
         problems.append(f"{path}: `{name}` is no {protocol.__name__.lower()}: it {lacks}")

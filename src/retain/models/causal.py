@@ -1,4 +1,4 @@
-"""What every causal language model does alike: losses, likelihoods and answers from left to right."""
+"""What every causal language model does alike: rows, likelihoods and answers from left to right."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -7,30 +7,39 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from retain.data.packing import shifted
 from retain.data.rendering import Renderer
-from retain.kernels.cross_entropy import chunked_cross_entropy, target_nats
+from retain.kernels.cross_entropy import target_nats
 from retain.models.family import Family, Outputs, Tokenizer, pretrained
-from retain.models.head import run_to_head
+from retain.models.head import contiguous_input, run_to_head
 from retain.parameters import device_of
-from retain.types import GREEDY, Batch, Message, Sampling
+from retain.types import GREEDY, Batch, Encoded, Example, Sampling
 
-__all__ = [
-    "answer_by_text",
-    "causal_loss",
-    "choose_by_answer",
-    "generate_causal",
-    "likelihoods",
-    "padded",
-    "stop_ids",
-    "within_budget",
-]
+__all__ = ["CausalFamily", "generate_causal", "likelihoods", "padded", "stop_ids", "within_budget"]
 
 
-def causal_loss(outputs: Outputs, batch: Batch) -> Tensor:
-    """Nats, weighted and summed over the batch's counted targets."""
-    return chunked_cross_entropy(
-        outputs.hidden, batch.targets[batch.counted], outputs.head, weights=batch.weights, weight=outputs.weight
-    )
+class CausalFamily(Family):
+    """What reads from left to right: each position predicts the token after it."""
+
+    def encode(self, example: Example, renderer: Renderer) -> Encoded:
+        """Ids, and as the target of each position the token after it."""
+        return shifted(example, *renderer.encode(example))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """One pass; the head waits for `Outputs`."""
+        return run_to_head(model, batch.inputs, batch.counted)
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """The continuation of every prompt, without the stop token."""
+        return generate_causal(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 def within_budget(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -91,32 +100,6 @@ def likelihoods(
     return result
 
 
-def choose_by_answer(
-    family: Family, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
-) -> list[list[float]]:
-    """Log p of each row's labels as answers to its prompt, the stop token included, nats; all in one call."""
-    pairs: list[tuple[list[int], list[int]]] = []
-    for prompt, labels in rows:
-        ids = renderer.prompt_ids(prompt)
-        pairs += [(ids, renderer.answer_ids(prompt, label)) for label in labels]
-    values = iter(family.loglikelihood(model, renderer.tokenizer, pairs))
-    return [[next(values) for _ in labels] for _, labels in rows]
-
-
-def answer_by_text(
-    family: Family,
-    model: nn.Module,
-    renderer: Renderer,
-    prompts: Sequence[Sequence[Message]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-) -> list[str]:
-    """The text that the family generates after each rendered prompt; all in one call."""
-    ids = [renderer.prompt_ids(prompt) for prompt in prompts]
-    return family.generate(model, renderer.tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling)
-
-
 def stop_ids(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer: the model's own generation settings, else the tokenizer's end of sequence."""
     stop = pretrained(model).generation_config.eos_token_id
@@ -157,7 +140,7 @@ def generate_causal(
         **(drawn if sampling.temperature > 0 else {}),
     )
     answers = [""] * len(prompts)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), contiguous_input(model):
         torch.manual_seed(sampling.seed)
         for group in within_budget([len(prompt) + max_new_tokens for prompt in prompts], max_tokens):
             ids, mask = padded([prompts[i] for i in group], pad_id, device, left=True)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -32,19 +31,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from retain.data.labels import write_labels
-from retain.data.packing import pad
+from retain.data.labels import Labels, write_labels
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError
-from retain.models.causal import causal_loss
-from retain.models.encoder_classes import grow, labels_in
+from retain.models.encoder_classes import grow, kind_of, labelled, labels_in
 from retain.models.encoder_heads import equipped
 from retain.models.encoder_outputs import class_logits, outputs_of, pseudo_likelihoods
 from retain.models.encoder_rows import ended, labelled_row, tagged_row, text_row
 from retain.models.encoder_tokenizer import SMALLEST, encoder_tokenizer, readable
-from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
+from retain.models.family import Family, Outputs, Tokenizer, pretrained
 from retain.models.masking import masked
-from retain.models.vocabulary import check_sizes, read_aloud
+from retain.models.vocabulary import check_transformer, read_aloud
 from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
 
 __all__ = ["EncoderFamily", "is_encoder"]
@@ -61,7 +58,7 @@ AUTO = {
 
 
 @dataclass(frozen=True)
-class EncoderFamily:
+class EncoderFamily(Family):
     """Encoders with a classifier or a masked language model's head; rows are padded.
 
     Args:
@@ -78,8 +75,6 @@ class EncoderFamily:
     """
 
     name: ClassVar[str] = "encoder"
-    isolates_documents: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = True
     generates: ClassVar[bool] = False
 
     heads: Literal["shared", "per_task"] = "shared"
@@ -100,28 +95,19 @@ class EncoderFamily:
             )
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability: expected a share in (0, 1], got {self.mlm_probability}")
-        check_sizes(
-            vocab_size=(self.vocab_size, SMALLEST),
-            **{name: (getattr(self, name), 1) for name in SIZES if name != "vocab_size"},
-        )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size: expected a multiple of num_attention_heads ({self.num_attention_heads}), "
-                f"got {self.hidden_size}"
-            )
+        check_transformer(self._sizes, width="hidden_size", heads="num_attention_heads", least_vocabulary=SMALLEST)
+
+    @property
+    def starts_as(self) -> str:
+        """The `model_type`."""
+        return self.architecture
 
     def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
-        """A random masked language model in float32 and evaluation mode, with a tokenizer learned on the examples.
-
-        Args:
-            examples: what the tokenizer is learned from.
-            seed: of the weights.
-        """
+        """A random masked language model in float32 and evaluation mode, with a tokenizer learned on the examples."""
         tokenizer = encoder_tokenizer(map(read_aloud, examples), vocab_size=self.vocab_size)
-        sizes = {name: getattr(self, name) for name in SIZES} | {"vocab_size": len(tokenizer)}
         config = AutoConfig.for_model(
             self.architecture,
-            **sizes,
+            **self._sizes | {"vocab_size": len(tokenizer)},
             intermediate_size=4 * self.hidden_size,
             type_vocab_size=2,
             pad_token_id=tokenizer.pad_token_id,
@@ -138,7 +124,11 @@ class EncoderFamily:
         names: list[str] = AutoConfig.from_pretrained(folder).architectures or [""]
         auto = next((kind for ending, kind in AUTO.items() if names[0].endswith(ending)), AutoModel)
         model = auto.from_pretrained(folder, use_safetensors=True, **options)
-        return model.eval(), readable(AutoTokenizer.from_pretrained(folder))
+        return model.eval(), self.load_tokenizer(folder)
+
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer, with an end and a template."""
+        return readable(super().load_tokenizer(folder))
 
     def equip(
         self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
@@ -150,6 +140,7 @@ class EncoderFamily:
         """
         made = equipped(model, tasks, per_task=self.heads == "per_task", seed=seed, saved=saved)
         renderer.labels = labels_in(made)
+        pretrained(made).config.bos_token_id = renderer.tokenizer.cls_token_id  # which BERT's own does not say
         return made
 
     def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
@@ -157,6 +148,10 @@ class EncoderFamily:
         grow(model, task, seed=seed)
         renderer.labels = labels_in(model)
         return model
+
+    def labels_for(self, task: Task) -> Labels:
+        """The classes of the task; none where its rows are raw text."""
+        return labelled(Labels(per_task=self.heads == "per_task"), task) if kind_of(task) else Labels()
 
     def encode(self, example: Example, renderer: Renderer) -> Encoded:
         """Ids, and as targets the class, the classes' yes and no, the words' classes, or the text's tokens.
@@ -189,9 +184,7 @@ class EncoderFamily:
         Raises:
             CompatibilityError: packing is asked for.
         """
-        if packed:
-            raise cannot_pack("an encoder")
-        batch = pad(rows, pad_id=tokenizer.pad_token_id)
+        batch = super().collate(rows, tokenizer, packed=packed)
         inputs = dict(batch.inputs)
         types = inputs.pop("token_type_ids", None)
         if types is not None and "token_type_ids" in tokenizer.model_input_names:
@@ -201,10 +194,6 @@ class EncoderFamily:
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One pass; the head waits for `Outputs`."""
         return outputs_of(model, batch)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Nats, weighted and summed over counted targets."""
-        return causal_loss(outputs, batch)
 
     def loglikelihood(
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
@@ -271,13 +260,9 @@ class EncoderFamily:
             "an encoder writes no text", hint="ask it for a label (`answer`), or use a model that writes"
         )
 
-    def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
-        """An encoder learns by gradients.
-
-        Raises:
-            CompatibilityError: always.
-        """
-        raise cannot_count("an encoder")
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in SIZES}
 
     def _padded(self, tokenizer: Tokenizer) -> Callable[[Sequence[Encoded]], Batch]:
         """Rows into a batch."""

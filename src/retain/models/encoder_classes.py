@@ -24,10 +24,12 @@ __all__ = [
     "classifiers",
     "grow",
     "kind_of",
+    "labelled",
     "labels_in",
     "name_rows",
     "new_modules",
     "plan_of",
+    "pooled_token",
     "resize",
     "spread",
     "type_of",
@@ -83,6 +85,11 @@ def type_of(model: nn.Module) -> str:
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), "")
 
 
+def pooled_token(model: nn.Module) -> int | None:
+    """The token whose state a classifier of rows reads, the first one; None of any other model."""
+    return bare(model).config.bos_token_id if type_of(model) == "sequence" else None
+
+
 def labels_in(model: nn.Module) -> Labels:
     """The labels that the model knows."""
     config, plan = bare(model).config, plan_of(model)
@@ -133,6 +140,18 @@ def labels_of(task: Task) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def labelled(known: Labels, task: Task) -> Labels:
+    """The labels that a head tells apart once it has a row for each of the task's, new rows last.
+
+    Raises:
+        DataError: the answers are no labels.
+    """
+    own = labels_of(task)
+    keys = dict.fromkeys([*known.ids, *(known.key(task.name, label) for label in own)])
+    ids = {key: row for row, key in enumerate(keys)}
+    return replace(known, kind=kind_of(task), ids=ids, tasks={**known.tasks, task.name: own})
+
+
 def classifiers(model: nn.Module) -> list[nn.Linear]:
     """The last layer of the classifier, and PEFT's copies of it."""
     return [
@@ -159,9 +178,11 @@ def grow(model: nn.Module, task: Task, *, seed: int) -> None:
             f"task {task.name!r} asks for {SAID[kind]}, and the model's head is made for {SAID[known.kind]}",
             hint="begin a lineage of its own for it",
         )
-    labels, own, plan = labels_of(task), bare(model), plan_of(model)
-    vars(own.config)["retain"] = asdict(replace(plan, tasks={**plan.tasks, task.name: list(labels)}))
-    names = [*known.ids, *(key for label in labels if (key := known.key(task.name, label)) not in known.ids)]
+    after, own = labelled(known, task), bare(model)
+    names = list(after.ids)
+    vars(own.config)["retain"] = asdict(
+        replace(plan_of(model), tasks={name: list(labels) for name, labels in after.tasks.items()})
+    )
     for layer in classifiers(model):
         resize(layer, names, seed=seed, std=spread(own))
     name_rows(own, names)

@@ -6,32 +6,22 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
-from retain.data.packing import pad, shifted
 from retain.data.rendering import Renderer
 from retain.errors import ModelError
 from retain.models.arpa import write_arpa
 from retain.models.backoff import Floats, windows
-from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal
-from retain.models.family import Outputs, Tokenizer, cannot_pack
+from retain.models.causal import CausalFamily
+from retain.models.family import Outputs, Tokenizer
 from retain.models.hub import resolve
 from retain.models.kneser_ney import tally
 from retain.models.ngram_network import ClassCounts, NGramConfig, NGramForCausalLM
-from retain.models.vocabulary import (
-    SMALLEST_VOCABULARY,
-    character_tokenizer,
-    check_sizes,
-    read_aloud,
-    subword_tokenizer,
-    word_tokenizer,
-)
-from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
+from retain.models.vocabulary import SMALLEST_VOCABULARY, TOKENIZERS, check_sizes, read_aloud
+from retain.types import Batch, Example, Message
 
 __all__ = ["NGramFamily", "export_arpa"]
-
-TOKENIZERS = {"bpe": subword_tokenizer, "characters": character_tokenizer, "words": word_tokenizer}
 
 LONGEST_LABEL = 64
 """Characters of an answer up to which it may be a class that other rows share."""
@@ -40,7 +30,7 @@ GRAMS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
-class NGramFamily:
+class NGramFamily(CausalFamily):
     """Statistical language models: n-grams with interpolated modified Kneser-Ney smoothing, fitted by counting.
 
     They have no gradients and nothing is forgotten: new counts are added to old ones, so tasks learned one after
@@ -57,9 +47,7 @@ class NGramFamily:
     """
 
     name: ClassVar[str] = "ngram"
-    isolates_documents: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
-    generates: ClassVar[bool] = True
 
     order: int = 4
     vocab_size: int = 4096
@@ -74,17 +62,12 @@ class NGramFamily:
         check_sizes(order=(self.order, 1), vocab_size=(self.vocab_size, SMALLEST_VOCABULARY))
 
     @property
-    def architecture(self) -> str:
+    def starts_as(self) -> str:
         """As `3-gram`."""
         return f"{self.order}-gram"
 
     def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
-        """A model that has counted nothing, and a tokenizer learned on the examples or taken from a model.
-
-        Args:
-            examples: what the tokenizer is learned from.
-            seed: nothing is drawn.
-        """
+        """A model that has counted nothing, and a tokenizer learned on the examples or taken from a model."""
         if self.tokenizer in TOKENIZERS:
             tokenizer = TOKENIZERS[self.tokenizer](map(read_aloud, examples), vocab_size=self.vocab_size)
         else:
@@ -110,45 +93,13 @@ class NGramFamily:
                 problems=[f"config.json: model_type is {found!r}, not {NGramConfig.model_type!r}"],
                 hint="leave `family` out, and it is found from the model",
             )
-        return NGramForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-    def equip(
-        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
-    ) -> nn.Module:
-        """The model as it is: it has no heads."""
-        return model
-
-    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
-        """Nothing to grow: a class is known from its first row on."""
-        return model
-
-    def encode(self, example: Example, renderer: Renderer) -> Encoded:
-        """Ids, and as the target of each position the token after it."""
-        return shifted(example, *renderer.encode(example))
-
-    def vary(self, row: Encoded, renderer: Renderer, *, draw: str) -> Encoded:
-        """The row: nothing of it is drawn at random."""
-        return row
-
-    def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
-        """Rows padded on the right.
-
-        Raises:
-            CompatibilityError: packing is asked for.
-        """
-        if packed:
-            raise cannot_pack("an n-gram model")
-        return pad(rows, pad_id=tokenizer.pad_token_id or 0)
+        return NGramForCausalLM.from_pretrained(folder), self.load_tokenizer(folder)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """The contexts at counted targets are what the head, the counts, reads."""
         network = _network(model)
         contexts = network.contexts(batch.inputs["input_ids"], batch.inputs.get("attention_mask"))
         return Outputs(hidden=contexts[batch.counted], head=network.next_token)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Nats, weighted and summed over counted targets."""
-        return causal_loss(outputs, batch)
 
     def loglikelihood(
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
@@ -185,35 +136,11 @@ class NGramFamily:
             for _, labels in rows
         ]
         rest = [row for row, bayes in zip(rows, by_bayes, strict=True) if not bayes]
-        continued = iter(choose_by_answer(self, model, renderer, rest))
+        continued = iter(super().choose(model, renderer, rest))
         return [
             _posterior(counts, known, renderer.text_ids(_asked(prompt)), labels) if bayes else next(continued)
             for (prompt, labels), bayes in zip(rows, by_bayes, strict=True)
         ]
-
-    def answer(
-        self,
-        model: nn.Module,
-        renderer: Renderer,
-        prompts: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-    ) -> list[str]:
-        """The text after each rendered prompt."""
-        return answer_by_text(self, model, renderer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-    ) -> list[str]:
-        """The continuation of every prompt; only its last few tokens matter."""
-        return generate_causal(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
         """Add the examples' counts.

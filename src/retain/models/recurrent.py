@@ -7,33 +7,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch import nn
 
-from retain.data.packing import pad, shifted
-from retain.data.rendering import Renderer
 from retain.errors import ModelError
-from retain.models.causal import answer_by_text, causal_loss, choose_by_answer, generate_causal, likelihoods
-from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
-from retain.models.head import run_to_head
+from retain.models.causal import CausalFamily, likelihoods
+from retain.models.family import Tokenizer
 from retain.models.recurrent_likelihood import state_likelihoods
 from retain.models.recurrent_network import CELLS, RecurrentConfig, RecurrentForCausalLM
-from retain.models.vocabulary import (
-    SMALLEST_VOCABULARY,
-    character_tokenizer,
-    check_sizes,
-    read_aloud,
-    subword_tokenizer,
-)
-from retain.types import GREEDY, Batch, Encoded, Example, Message, Sampling, Task
+from retain.models.vocabulary import SMALLEST_VOCABULARY, TOKENIZERS, check_sizes, read_aloud
+from retain.types import Example
 
 __all__ = ["RecurrentFamily"]
 
-TOKENIZERS = {"bpe": subword_tokenizer, "characters": character_tokenizer}
-
 
 @dataclass(frozen=True)
-class RecurrentFamily:
+class RecurrentFamily(CausalFamily):
     """RNN, GRU and LSTM language models; the fields say how a model that starts from nothing is made.
 
     A state runs on over the border of two packed documents, so rows are padded, never packed.
@@ -43,15 +31,12 @@ class RecurrentFamily:
         hidden_size: width of embedding and state.
         num_layers: recurrent layers.
         vocab_size: tokens of the vocabulary at most, 258 or more.
-        tokenizer: how text is cut: `bpe` (byte-level subwords) or `characters`.
+        tokenizer: how text is cut: `bpe` (byte-level subwords), `characters` or `words`, learned on the rows.
         dropout: in [0, 1).
         tie_word_embeddings: use the embedding as the output head, too.
     """
 
     name: ClassVar[str] = "recurrent"
-    isolates_documents: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = True
-    generates: ClassVar[bool] = True
 
     cell: str = "lstm"
     hidden_size: int = 256
@@ -75,17 +60,12 @@ class RecurrentFamily:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
 
     @property
-    def architecture(self) -> str:
+    def starts_as(self) -> str:
         """The cell."""
         return self.cell
 
     def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
-        """A random model in float32 and evaluation mode, with a tokenizer learned on the examples.
-
-        Args:
-            examples: what the tokenizer is learned from.
-            seed: of the weights.
-        """
+        """A random model in float32 and evaluation mode, with a tokenizer learned on the examples."""
         tokenizer = TOKENIZERS[self.tokenizer](map(read_aloud, examples), vocab_size=self.vocab_size)
         config = RecurrentConfig(
             vocab_size=len(tokenizer),
@@ -118,43 +98,7 @@ class RecurrentFamily:
             )
         options = {"dtype": torch.float32} | options
         model = RecurrentForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-    def equip(
-        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
-    ) -> nn.Module:
-        """The model as it is: one head says everything."""
-        return model
-
-    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
-        """Nothing to grow: labels are text, and every byte has a token."""
-        return model
-
-    def encode(self, example: Example, renderer: Renderer) -> Encoded:
-        """Ids, and as the target of each position the token after it."""
-        return shifted(example, *renderer.encode(example))
-
-    def vary(self, row: Encoded, renderer: Renderer, *, draw: str) -> Encoded:
-        """The row: nothing of it is drawn at random."""
-        return row
-
-    def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
-        """Rows padded on the right.
-
-        Raises:
-            CompatibilityError: packing is asked for.
-        """
-        if packed:
-            raise cannot_pack("a recurrent model")
-        return pad(rows, pad_id=tokenizer.pad_token_id or 0)
-
-    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """One pass; the head waits for `Outputs`."""
-        return run_to_head(model, batch.inputs, batch.counted)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Nats, weighted and summed over counted targets."""
-        return causal_loss(outputs, batch)
+        return model.eval(), self.load_tokenizer(folder)
 
     def loglikelihood(
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
@@ -167,41 +111,3 @@ class RecurrentFamily:
         result = dict(zip(single, likelihoods(model, [pairs[i] for i in single], pad_id=pad_id), strict=True))
         result |= dict(zip(shared, state_likelihoods(model, [pairs[i] for i in shared], pad_id=pad_id), strict=True))
         return [result[i] for i in range(len(pairs))]
-
-    def choose(
-        self, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
-    ) -> list[list[float]]:
-        """Log p of each row's labels as answers, nats."""
-        return choose_by_answer(self, model, renderer, rows)
-
-    def answer(
-        self,
-        model: nn.Module,
-        renderer: Renderer,
-        prompts: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-    ) -> list[str]:
-        """The text after each rendered prompt."""
-        return answer_by_text(self, model, renderer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-    ) -> list[str]:
-        """The continuation of every prompt; a new token costs one step."""
-        return generate_causal(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-
-    def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
-        """A recurrent model learns by gradients.
-
-        Raises:
-            CompatibilityError: always.
-        """
-        raise cannot_count("a recurrent network")

@@ -4,8 +4,8 @@
 
 The encoder's and the decoder's texts are tokenised apart, as `tokenizer(text)` and `tokenizer(text_target=answer)` do
 (with BOS where the tokenizer puts one). Labels are not smoothed. Raw text is trained by the model's own denoising
-objective (`models.denoising`), drawn anew in every epoch. Of a conversation the last answer is trained; the encoder
-reads the turns before it.
+objective (`models.denoising`), drawn anew in every epoch. A row trains one answer, and the encoder reads the turns
+before it; so a conversation of n answers is learned as n examples.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from retain.data.packing import pad
 from retain.data.rendering import Renderer
 from retain.errors import ModelError
-from retain.models.causal import causal_loss, choose_by_answer
 from retain.models.denoising import SENTINELS, Markers, denoised
-from retain.models.family import Outputs, Tokenizer, cannot_count, cannot_pack
+from retain.models.family import Family, Outputs, Tokenizer
 from retain.models.head import check_head, run_to_head
 from retain.models.seq2seq_inference import answer_likelihoods, generate_answers, start_id
-from retain.models.vocabulary import END, SMALLEST_VOCABULARY, check_sizes, read_aloud, subword_tokenizer
-from retain.types import GREEDY, IGNORED, Batch, Encoded, Example, Message, Sampling, Task
+from retain.models.vocabulary import END, SMALLEST_VOCABULARY, check_transformer, read_aloud, subword_tokenizer
+from retain.types import GREEDY, IGNORED, Batch, Encoded, Example, Message, Sampling
 
 __all__ = ["SEQ2SEQ_MODELS", "SOURCE_TEMPLATES", "Seq2SeqFamily"]
 
@@ -65,11 +63,11 @@ START = 0
 
 MASK, BOS = "<mask>", "<s>"
 ARCHITECTURES = ("t5", "bart")
-SIZES = ("d_model", "num_layers", "num_heads", "max_position_embeddings")
+SIZES = ("d_model", "num_layers", "num_heads", "vocab_size", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
-class Seq2SeqFamily:
+class Seq2SeqFamily(Family):
     """Encoder-decoder transformers; rows are padded, never packed. The fields say how one from nothing is made.
 
     Args:
@@ -82,9 +80,6 @@ class Seq2SeqFamily:
     """
 
     name: ClassVar[str] = "seq2seq"
-    isolates_documents: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = True
-    generates: ClassVar[bool] = True
 
     architecture: str = ""
     d_model: int = 256
@@ -97,17 +92,16 @@ class Seq2SeqFamily:
         if self.architecture and self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         least = SMALLEST_VOCABULARY + len(self._hidden_tokens())
-        check_sizes(vocab_size=(self.vocab_size, least), **{name: (getattr(self, name), 1) for name in SIZES})
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model: expected a multiple of num_heads ({self.num_heads}), got {self.d_model}")
+        sizes = {name: getattr(self, name) for name in SIZES}
+        check_transformer(sizes, width="d_model", heads="num_heads", least_vocabulary=least)
+
+    @property
+    def starts_as(self) -> str:
+        """The `model_type`."""
+        return self.architecture
 
     def create(self, examples: Sequence[Example], *, seed: int) -> tuple[nn.Module, Tokenizer]:
-        """A random model in float32 and evaluation mode, with a byte-level tokenizer learned on the examples.
-
-        Args:
-            examples: what the tokenizer is learned from.
-            seed: of the weights.
-        """
+        """A random model in float32 and evaluation mode, with a byte-level tokenizer learned on the examples."""
         tokenizer = self._tokenizer(examples)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -130,20 +124,18 @@ class Seq2SeqFamily:
         options = {"dtype": torch.float32} | options
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, use_safetensors=True, **options).eval()
         check_head(model)
-        return model, with_template(AutoTokenizer.from_pretrained(folder))
+        return model, self.load_tokenizer(folder)
 
-    def equip(
-        self, model: nn.Module, renderer: Renderer, tasks: Sequence[Task], *, seed: int, saved: Path | None = None
-    ) -> nn.Module:
-        """The model as it is: one head says everything."""
-        return model
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer, with a template that ends a source."""
+        return with_template(super().load_tokenizer(folder))
 
-    def prepare(self, model: nn.Module, renderer: Renderer, task: Task, *, seed: int) -> nn.Module:
-        """Nothing to grow: labels are text."""
-        return model
+    def unfold(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Each conversation once for each of its answers that is trained; the last keeps the row's id."""
+        return [part for example in examples for part in (*earlier_answers(example), example)]
 
     def encode(self, example: Example, renderer: Renderer) -> Encoded:
-        """Source and target ids; of raw text the text alone, of which `vary` hides parts."""
+        """Ids of the source and of its last answer; of raw text the text alone, of which `vary` hides parts."""
         markers = Markers.of(renderer.tokenizer)
         if not example.messages:
             ids = markers.source(renderer.text_ids(example.text))
@@ -162,16 +154,6 @@ class Seq2SeqFamily:
         hidden = written(row.example, source, target, weight=row.example.weight)
         return replace(hidden, num_truncated=row.num_truncated)
 
-    def collate(self, rows: Sequence[Encoded], tokenizer: Tokenizer, *, packed: bool) -> Batch:
-        """Rows padded on the right, the encoder's and the decoder's.
-
-        Raises:
-            CompatibilityError: packing is asked for.
-        """
-        if packed:
-            raise cannot_pack("an encoder-decoder model")
-        return pad(rows, pad_id=tokenizer.pad_token_id or 0)
-
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One pass through both halves; the head waits for `Outputs`."""
         written_so_far = batch.inputs["decoder_input_ids"]  # (rows, length)
@@ -179,21 +161,11 @@ class Seq2SeqFamily:
         inputs = {**batch.inputs, "decoder_input_ids": torch.cat([start, written_so_far[:, 1:]], dim=1)}
         return run_to_head(model, inputs, batch.counted)
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Nats, weighted and summed over counted targets; no label smoothing."""
-        return causal_loss(outputs, batch)
-
     def loglikelihood(
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[float]:
         """Log p(continuation | context) in nats; a context of many continuations passes through the encoder once."""
         return answer_likelihoods(model, tokenizer, pairs)
-
-    def choose(
-        self, model: nn.Module, renderer: Renderer, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
-    ) -> list[list[float]]:
-        """Log p of each row's labels as answers, nats."""
-        return choose_by_answer(self, model, renderer, rows)
 
     def answer(
         self,
@@ -220,14 +192,6 @@ class Seq2SeqFamily:
     ) -> list[str]:
         """The answer to every prompt; a text that does not end is continued by filling in what comes next."""
         return generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-
-    def fit(self, model: nn.Module, examples: Sequence[Example], renderer: Renderer) -> None:
-        """An encoder-decoder model learns by gradients.
-
-        Raises:
-            CompatibilityError: always.
-        """
-        raise cannot_count("an encoder-decoder model")
 
     def _hidden_tokens(self) -> list[str]:
         """The tokens of the vocabulary that denoising needs."""
@@ -267,6 +231,16 @@ class Seq2SeqFamily:
             self.architecture, vocab_size=len(tokenizer), d_model=self.d_model, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, **own[self.architecture],
         )  # fmt: skip
+
+
+def earlier_answers(example: Example) -> list[Example]:
+    """The conversation up to each answer before the last that is trained; one that opens it answers nothing."""
+    turns = example.messages
+    return [
+        replace(example, id=f"{example.id}/{place}", messages=turns[: place + 1], choices=(), references=())
+        for place, turn in enumerate(turns[:-1])
+        if place and turn.role == "assistant" and turn.weight > 0
+    ]
 
 
 def written(example: Example, source: list[int], target: list[int], *, weight: float) -> Encoded:

@@ -78,14 +78,14 @@ def open_source(
         ModelError: if it is not found, or its network is none that is known.
     """
     if not name:
-        if family is None or not family.architecture:
+        if family is None or not family.starts_as:
             raise ModelError(
                 "model: neither a name is given nor what starts from nothing",
                 hint="`model: smollm2-135m`, or `model: {family: recurrent, cell: lstm}`, or "
                 "`model: {family: decoder, architecture: llama}`, or `model: {family: seq2seq, architecture: t5}`, "
                 "or `model: {family: encoder, architecture: bert}`, or `model: {family: ngram}`",
             )
-        return Source(family, family.architecture, folder)
+        return Source(family, family.starts_as, folder)
     resolved = resolve(name, trust_remote_code=trust_remote_code)
     config = json.loads((resolved.folder / "config.json").read_text(encoding="utf-8"))
     found = type(family) if family else family_of(config)

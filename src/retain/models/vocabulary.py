@@ -1,7 +1,7 @@
 """A tokenizer learned from the data, for a model that starts from nothing."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +12,10 @@ __all__ = [
     "END",
     "PAD",
     "SMALLEST_VOCABULARY",
+    "TOKENIZERS",
     "character_tokenizer",
     "check_sizes",
+    "check_transformer",
     "read_aloud",
     "subword_tokenizer",
     "word_tokenizer",
@@ -86,6 +88,10 @@ def word_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokeni
     return _wrapped(tokenizer)
 
 
+TOKENIZERS = {"bpe": subword_tokenizer, "characters": character_tokenizer, "words": word_tokenizer}
+"""How text may be cut, by its name in a recipe."""
+
+
 def check_sizes(**sizes: tuple[int, int]) -> None:
     """Refuse a size of a model that starts from nothing that is below its least: `name=(value, least)`.
 
@@ -95,6 +101,23 @@ def check_sizes(**sizes: tuple[int, int]) -> None:
     for name, (value, least) in sizes.items():
         if value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
+def check_transformer(sizes: Mapping[str, int], *, width: str, heads: str, least_vocabulary: int) -> None:
+    """Refuse sizes that no transformer which starts from nothing can have.
+
+    Args:
+        sizes: by the configuration's names, `vocab_size` among them.
+        width: the name of the width, which the heads share.
+        heads: the name of the number of attention heads.
+        least_vocabulary: tokens that every vocabulary has.
+
+    Raises:
+        ValueError: naming the first that is too small, or a width that is no multiple of the heads.
+    """
+    check_sizes(**{name: (size, least_vocabulary if name == "vocab_size" else 1) for name, size in sizes.items()})
+    if sizes[width] % sizes[heads]:
+        raise ValueError(f"{width}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[width]}")
 
 
 def _spelled(counts: Counter[str], vocab_size: int) -> dict[str, int]:
