@@ -20,7 +20,7 @@ def learned(folder: Path, *overrides: str) -> Lineage:
     return train(load_config(RECIPE, [f"output_dir={folder}", *overrides]).config)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "adapter"])
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prompt", "prefix", "p_tuning"])
 def test_classes_come_later_and_the_export_is_plain(tmp_path: Path, method: str) -> None:
     lineage = learned(tmp_path / "out", f"method.name={method}", "train.max_steps=3")
     assert [stage.name for stage in lineage.log()] == ["base", "help", "bill"]

@@ -16,6 +16,7 @@ from retain.methods.adapter import Adapter
 from retain.methods.full import Full
 from retain.methods.lora import LoRA
 from retain.methods.p_tuning import Ptuning
+from retain.methods.prefix import Prefix
 from retain.methods.prompt import Prompt
 from retain.models.decoder import DecoderFamily
 from retain.models.family import Family
@@ -41,7 +42,7 @@ FAMILIES: dict[str, Family] = {
 
 METHODS: dict[str, Method] = {
     "adapter": Adapter(size=4, placement="houlsby"), "full": Full(), "lora": LoRA(r=2, alpha=4),
-    "p_tuning": Ptuning(num_tokens=3, hidden_size=8), "prompt": Prompt(num_tokens=3),
+    "p_tuning": Ptuning(num_tokens=3, hidden_size=8), "prefix": Prefix(num_tokens=3), "prompt": Prompt(num_tokens=3),
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_a_step_is_saved_loaded_and_merged(network: tuple[Family, nn.Module, Any
     loaded = method.load(deepcopy(base), tmp_path)
     assert torch.equal(logits(family, loaded, tokenizer), after)
     assert trainable(loaded).keys() == moving.keys()
-    if name in ("lora", "prompt", "p_tuning"):
+    if name in ("lora", "prefix", "prompt", "p_tuning"):
         plain = PeftModel.from_pretrained(deepcopy(base), tmp_path)
         torch.testing.assert_close(
             by_transformers(family, plain, tokenizer), by_transformers(family, model, tokenizer), rtol=1e-4, atol=1e-5
@@ -122,7 +123,7 @@ def test_a_step_is_saved_loaded_and_merged(network: tuple[Family, nn.Module, Any
             method.merge(model)
 
 
-@pytest.mark.parametrize("name", ["adapter", "lora", "prompt"])
+@pytest.mark.parametrize("name", ["adapter", "lora", "prefix", "prompt"])
 def test_what_is_generated_and_likely_is_what_a_plain_pass_says(
     network: tuple[Family, nn.Module, Any], name: str
 ) -> None:

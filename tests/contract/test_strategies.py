@@ -21,6 +21,8 @@ from retain.methods.freeze import Freeze
 from retain.methods.full import Full
 from retain.methods.ia3 import IA3
 from retain.methods.lora import LoRA
+from retain.methods.p_tuning import Ptuning
+from retain.methods.prefix import Prefix
 from retain.methods.prompt import Prompt
 from retain.models.decoder import DecoderFamily
 from retain.models.encoder import EncoderFamily
@@ -55,7 +57,10 @@ from retain.train_config import TrainConfig
 from retain.trainer import TrainResult, train_helper, train_task
 from retain.types import Example, Message, StepInfo, Task
 
-MORE_METHODS = ("dora", "freeze", "ia3", "recurrent_lora")
+SOFT_PROMPTS = ("encoder_p_tuning", "encoder_prefix", "encoder_prompt", "seq2seq_prefix")
+"""Worlds of virtual tokens where an encoder reads."""
+
+MORE_METHODS = ("dora", "freeze", "ia3", "recurrent_lora", *SOFT_PROMPTS)
 """Worlds of further methods: slow, but for the strategies of `OFTEN`."""
 
 OFTEN = ("ewc", "replay", "si")
@@ -100,7 +105,7 @@ CASES: dict[str, Case] = {
     ),
     "freeze_layers": Case(
         lambda: FreezeLayers(num_layers=0, embeddings=False, patterns=(r"(layers?|block)\.0\.|rnn\.weight|rnn\.lora",)),
-        lambda: FreezeLayers(num_layers=0, embeddings=False),
+        lambda: FreezeLayers(num_layers=0, embeddings=False), idle=SOFT_PROMPTS,
     ),
     "joint": Case(Joint, mixes=True, of_base=False),
     "l2": Case(lambda: L2(strength=3.0), lambda: L2(strength=0.0), penalises=True),
@@ -134,6 +139,8 @@ BERT = EncoderFamily(
     max_position_embeddings=64,
 )  # fmt: skip
 
+T5 = Seq2SeqFamily(architecture="t5", d_model=16, num_layers=2, num_heads=2, vocab_size=400)
+
 WORLDS = {
     "adapter": (DecoderFamily(), Adapter(size=4, dropout=0.1)),
     "columns": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), Columns()),
@@ -145,9 +152,13 @@ WORLDS = {
     "prompt": (DecoderFamily(), Prompt(num_tokens=3)),
     "recurrent_lora": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), LoRA(r=2, alpha=4)),
     "recurrent": (RecurrentFamily(cell="gru", hidden_size=12, vocab_size=300), Full()),
-    "seq2seq": (Seq2SeqFamily(architecture="t5", d_model=16, num_layers=2, num_heads=2, vocab_size=400), Full()),
+    "seq2seq": (T5, Full()),
     "encoder": (BERT, Full()),
     "encoder_lora": (BERT, LoRA(r=2, alpha=4, dropout=0.1)),
+    "encoder_p_tuning": (BERT, Ptuning(num_tokens=3, hidden_size=8)),
+    "encoder_prefix": (BERT, Prefix(num_tokens=3)),
+    "encoder_prompt": (BERT, Prompt(num_tokens=3)),
+    "seq2seq_prefix": (T5, Prefix(num_tokens=3)),
 }
 """What is tuned, and how."""
 
@@ -217,7 +228,7 @@ class World:
         self.name = name
         self.family, self.method = WORLDS[name]
         self.build, self.tokenizer, self.labels = build_llama, tokenizer, Labels()
-        if self.family.architecture:
+        if self.family.starts_as:
             network, self.tokenizer = self.family.create([*BASE, *FIRST, *SECOND], seed=0)
             self.build = lambda: deepcopy(network)
 

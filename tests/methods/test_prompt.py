@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from retain.errors import CompatibilityError, LineageError
 from retain.methods.prompt import Prompt
@@ -121,6 +121,27 @@ def test_first_values(llama: nn.Module, init: Any) -> None:
     drawn = torch.stack([(table == row).all(1).any() for row in value])
     assert bool(drawn.all()) == (init == "vocabulary")
     assert not torch.equal(value[0], value[1])
+
+
+def test_what_a_classifier_reads_starts_as_the_token_that_it_read(bert: nn.Module) -> None:
+    """The first state is a virtual token's: with one of them and before any step, [CLS] and a text behind it."""
+    ids = torch.tensor([[2, 7, 8, 3]])
+    with torch.no_grad():
+        wanted = bert.eval()(input_ids=torch.cat([ids[:, :1], ids], dim=1)).logits
+    model = Prompt(num_tokens=1).apply(bert)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+    Prompt(num_tokens=2).extend(model, "2")
+    table = bert.get_input_embeddings().weight
+    assert torch.equal(model.prompts.columns["2"][0], table[2]), "and so does one that comes before it"
+
+
+@pytest.fixture
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, bos_token_id=2
+    )
+    return BertForSequenceClassification(config)
 
 
 def test_a_copy_has_prompts_of_its_own(llama: nn.Module) -> None:

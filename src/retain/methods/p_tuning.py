@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retain.errors import CompatibilityError, LineageError
-from retain.methods.soft_prompt import SoftPrompt, peft_sizes
+from retain.methods.soft_prompt import SoftPrompt, load_heads, peft_sizes, save_prompt
+from retain.models.new_heads import let_heads_train
 from retain.models.virtual_tokens import VirtualTokens, attach, attached, input_embeddings
 from retain.parameters import freeze
 
@@ -29,7 +30,9 @@ ENCODER = "prompt_encoder.safetensors"
 
 @dataclass(frozen=True)
 class Ptuning(SoftPrompt):
-    """Train a network that makes `num_tokens` virtual tokens before the text of a frozen decoder.
+    """Train a network that makes `num_tokens` virtual tokens before the text of a frozen model.
+
+    An encoder's new heads are trained with it; a classifier of rows reads the state of the first virtual token.
 
     Args:
         num_tokens: virtual tokens, above 0.
@@ -54,15 +57,12 @@ class Ptuning(SoftPrompt):
         network = PromptEncoder(self._config(model, inference=False))
         place = MadeTokens(input_embeddings(model), network, self.num_tokens)
         attach(model, place.to(table.device, torch.promote_types(table.dtype, torch.float32)))
-        return model
+        return let_heads_train(model)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """PEFT's own layout, which other tools load, and beside it the network."""
         place = self.place(model)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._config(model, inference=True).save_pretrained(str(folder))
-        made = {"prompt_embeddings": place.made().detach().cpu().contiguous()}
-        save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_prompt(model, self._config(model, inference=True), place.made(), folder)
         save_file({k: v.cpu() for k, v in place.network.state_dict().items()}, folder / ENCODER, {"format": "pt"})
 
     def load(self, model: nn.Module, folder: Path) -> nn.Module:
@@ -81,7 +81,7 @@ class Ptuning(SoftPrompt):
                 hint="use the base model and the settings that it was made with",
             )
         self.place(model).network.load_state_dict(saved)
-        return model
+        return load_heads(model, folder)
 
     def place(self, model: nn.Module) -> "MadeTokens":
         """The model's prompt and the network that makes it.

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retain.errors import CompatibilityError, LineageError
-from retain.methods.soft_prompt import SoftPrompt, peft_sizes
+from retain.methods.soft_prompt import WEIGHTS, SoftPrompt, load_heads, peft_sizes, save_prompt
+from retain.models.encoder_classes import pooled_token
+from retain.models.new_heads import let_heads_train
 from retain.models.virtual_tokens import VirtualTokens, attach, attached, input_embeddings
 from retain.parameters import freeze
 
@@ -36,11 +38,12 @@ SEQUENCE = "prompts"
 
 @dataclass(frozen=True)
 class Prompt(SoftPrompt):
-    """Train `num_tokens` virtual tokens before the text of a frozen decoder.
+    """Train `num_tokens` virtual tokens before the text of a frozen model; of an encoder, also its new heads.
 
     Args:
         num_tokens: virtual tokens of a prompt, above 0.
         init: their first values: embeddings of tokens drawn from the `vocabulary`, or `random` ones of the same spread.
+            A classifier reads a row's first token, which is then a virtual one; drawn from the vocabulary, it is [CLS].
     """
 
     name: ClassVar[str] = "prompt"
@@ -56,17 +59,15 @@ class Prompt(SoftPrompt):
     def apply(self, model: nn.Module) -> nn.Module:
         """The model, frozen, with one prompt in float32."""
         make_place(model)
-        return self.extend(model, FIRST)
+        return let_heads_train(self.extend(model, FIRST))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """PEFT's own layout, which other tools load: all prompts as one; several are also kept apart."""
         place = prompts(model)
         values = {name: value.detach().cpu() for name, value in place.columns.items()}
         whole = torch.cat(list(reversed(values.values())))
-        folder.mkdir(parents=True, exist_ok=True)
         sizes: dict[str, Any] = peft_sizes(model) | {"token_dim": whole.shape[1]}
-        PromptTuningConfig(num_virtual_tokens=len(whole), **sizes).save_pretrained(str(folder))
-        save_file({"prompt_embeddings": whole.contiguous()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_prompt(model, PromptTuningConfig(num_virtual_tokens=len(whole), **sizes), whole, folder)
         if len(values) > 1:
             save_file(values, folder / f"{SEQUENCE}.safetensors", {"format": "pt"})
             (folder / f"{SEQUENCE}.json").write_text(json.dumps(list(values)), encoding="utf-8")
@@ -75,13 +76,13 @@ class Prompt(SoftPrompt):
         """The base model with the saved prompts, all trainable and active.
 
         Raises:
-            LineageError: if they were made for a model of another width.
+            LineageError: if they were made for a model of another width, or with other heads.
         """
         if (folder / f"{SEQUENCE}.json").exists():
             names: list[str] = json.loads((folder / f"{SEQUENCE}.json").read_text("utf-8"))
             saved = load_file(folder / f"{SEQUENCE}.safetensors")
         else:
-            names, saved = [FIRST], {FIRST: load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]}
+            names, saved = [FIRST], {FIRST: load_file(folder / WEIGHTS)["prompt_embeddings"]}
         embeddings = input_embeddings(freeze(model))
         width = embeddings.weight.shape[1]
         if wrong := [name for name in names if saved[name].shape[1] != width]:
@@ -93,7 +94,7 @@ class Prompt(SoftPrompt):
         place = make_place(model)
         for name in names:
             place.add(name, saved[name].to(embeddings.weight.device).clone())  # aligned, so that sums round as ever
-        return model
+        return load_heads(model, folder)
 
     @contextmanager
     def detached(self, model: nn.Module) -> Generator[nn.Module]:
@@ -122,7 +123,10 @@ class Prompt(SoftPrompt):
         freeze(model)
         table = input_embeddings(model).weight.detach()  # (vocabulary, width)
         if self.init == "vocabulary":
-            values = table[torch.randint(len(table), (self.num_tokens,)).to(table.device)]
+            drawn = torch.randint(len(table), (self.num_tokens,))
+            if (begin := pooled_token(model)) is not None:
+                drawn[0] = begin
+            values = table[drawn.to(table.device)]
         else:
             values = torch.randn(self.num_tokens, table.shape[1]).to(table) * table.std()
         prompts(model).add(name, values.to(torch.promote_types(table.dtype, torch.float32)))

@@ -1,22 +1,35 @@
-"""What soft prompts have in common: virtual tokens before the text of a frozen model, and no weight of it changed."""
+"""What soft prompts have in common: virtual tokens before the text of a frozen model, and no weight of it changed.
+
+New heads of an encoder are trained and saved with them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from retain.errors import CompatibilityError
+from retain.errors import CompatibilityError, LineageError
 from retain.kernels.low_rank import LowRank
 from retain.methods.tuner import task_type
 from retain.models.family import Family, pretrained
+from retain.models.new_heads import let_heads_train, trained_heads, with_heads
 from retain.models.virtual_tokens import attached
 
-__all__ = ["SoftPrompt", "peft_sizes"]
+__all__ = ["WEIGHTS", "SoftPrompt", "load_heads", "peft_sizes", "save_prompt"]
 
-READERS = ("decoder", "seq2seq")
+READERS = ("decoder", "encoder", "seq2seq")
 """Families that read virtual tokens before a text."""
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name for the file that holds a prompt."""
+
+HEADS = "base_model."
+"""What PEFT puts before the names of modules that are saved beside a prompt."""
 
 
 class SoftPrompt(ABC):
@@ -26,9 +39,10 @@ class SoftPrompt(ABC):
     packs: ClassVar[bool] = False
     can_detach: ClassVar[bool] = True
     can_extend: ClassVar[bool] = False
+    no_products: ClassVar[str] = ""
 
     def supports(self, family: Family) -> str | None:
-        """Transformers that read text left to right, or encode it: elsewhere virtual tokens are no part of it."""
+        """Transformers: elsewhere virtual tokens are no part of what is read."""
         return None if family.name in READERS else f"virtual tokens are no part of what {family.name!r} reads"
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -91,11 +105,46 @@ class SoftPrompt(ABC):
         return ()
 
 
+def save_prompt(model: nn.Module, config: PeftConfig, values: Tensor, folder: Path) -> None:
+    """Write a prompt as PEFT does, with the heads that are trained beside it.
+
+    Args:
+        model: what it belongs to.
+        config: what PEFT says of it.
+        values: (tokens, width), what PEFT looks up.
+        folder: a new or empty one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with_heads(config, model).save_pretrained(str(folder))
+    heads = {f"{HEADS}{k}": v for k, v in model.named_parameters() if k.startswith(trained_heads(model))}
+    saved = {name: value.detach().cpu().contiguous() for name, value in {"prompt_embeddings": values, **heads}.items()}
+    save_file(saved, folder / WEIGHTS, {"format": "pt"})
+
+
+def load_heads(model: nn.Module, folder: Path) -> nn.Module:
+    """Give a model the heads that lie beside a saved prompt, and let all train; one that later tasks need is not there.
+
+    Raises:
+        LineageError: if they are of another shape.
+    """
+    own = {f"{HEADS}{k}": v for k, v in model.named_parameters() if k.startswith(trained_heads(model))}
+    saved = {name: value for name, value in load_file(folder / WEIGHTS).items() if name.startswith(HEADS)}
+    if wrong := [name for name, value in saved.items() if name not in own or own[name].shape != value.shape]:
+        raise LineageError(
+            f"the heads in {folder} are not of this model",
+            problems=[f"{name.removeprefix(HEADS)} does not fit" for name in sorted(wrong)[:5]],
+            hint="use the base model and the labels that they were made with",
+        )
+    for name, value in saved.items():
+        own[name].data = value.to(own[name].device).clone()  # aligned, so that sums round as ever
+    return let_heads_train(model)
+
+
 def peft_sizes(model: nn.Module) -> dict[str, Any]:
     """What PEFT's configuration of a prompt says of the model that it belongs to."""
     settings = pretrained(model).config.get_text_config()
     return {
-        "task_type": task_type(model),
+        "task_type": task_type(model) or "FEATURE_EXTRACTION",  # under which PEFT reads a prompt before any other head
         "num_transformer_submodules": 1,
         "num_layers": settings.num_hidden_layers,
         "num_attention_heads": settings.num_attention_heads,

@@ -40,6 +40,7 @@ class Tuner(ABC):
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = True
     can_extend: ClassVar[bool] = False
+    no_products: ClassVar[str] = ""
 
     @abstractmethod
     def config(self, model: nn.Module) -> PeftConfig:

@@ -28,7 +28,7 @@ from retain.models.family import pretrained
 from retain.models.head import output_head
 from retain.types import Task
 
-__all__ = ["beside", "equipped", "masked_model"]
+__all__ = ["beside", "equipped", "masked_model", "shell_of"]
 
 
 def equipped(

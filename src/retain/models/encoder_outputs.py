@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from retain.data.labels import Labels
 from retain.data.packing import to_device
 from retain.data.rendering import Renderer
-from retain.errors import ModelError
+from retain.errors import DataError, ModelError
 from retain.models.causal import within_budget
 from retain.models.encoder_classes import classifiers, labels_in
 from retain.models.encoder_heads import masked_model
@@ -19,6 +19,7 @@ from retain.models.encoder_tokenizer import bracketed, segments, words_of
 from retain.models.family import Outputs, Tokenizer, pretrained
 from retain.models.head import output_head
 from retain.models.masking import hidden_in_turn
+from retain.models.virtual_tokens import num_virtual
 from retain.types import IGNORED, Batch, Encoded, Example, Message
 
 __all__ = ["class_logits", "outputs_of", "pseudo_likelihoods", "yes_or_no"]
@@ -39,7 +40,16 @@ def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
     """One pass over rows of one kind; the head waits.
 
     A row that is asked yes or no of several classes has its states as often, and the head picks the class of each.
+
+    Raises:
+        DataError: rows are longer than the encoder's table of positions.
     """
+    length, room = batch.inputs["input_ids"].shape[1], num_positions(model)
+    if position_table(model) is not None and length > room:
+        raise DataError(
+            f"a row has {length} tokens, and the encoder has positions for {room}",
+            hint=f"set train.max_length to {room}, and train.on_overflow to truncate",
+        )
     if not batch.examples[0].messages:
         language = masked_model(model)
         hidden, head = run_to(language, batch.inputs, [output_head(language)])  # (rows, length, width)
@@ -50,11 +60,27 @@ def outputs_of(model: nn.Module, batch: Batch) -> Outputs:
     tagged = labels.kind == "tokens"
     states = hidden[:, -batch.counted.shape[1] :][batch.counted] if tagged else hidden[rows]  # (num_targets, width)
     if labels.kind == "multi":
-        return Outputs(states, lambda given: yes_or_no(head(given), places))
+        return Outputs(states, lambda given: yes_or_no(head(given), places), classes=places[:, None].expand(-1, 2))
+    classes = torch.arange(len(labels.ids), device=states.device).expand(len(states), -1)  # (num_targets, classes)
     if not labels.per_task:
-        return Outputs(states, head)
+        return Outputs(states, head, classes=classes)
     others = other_classes(batch, labels)
-    return Outputs(states, lambda given: head(given).masked_fill(others, NEVER))
+    return Outputs(states, lambda given: head(given).masked_fill(others, NEVER), classes=classes)
+
+
+def position_table(model: nn.Module) -> nn.Embedding | None:
+    """The embeddings of an encoder's positions, if it has a number of them."""
+    named = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return next((module for module in named if isinstance(module, nn.Embedding)), None)
+
+
+def num_positions(model: nn.Module) -> int:
+    """Tokens that a row may have: the encoder's positions without those of virtual tokens."""
+    table = position_table(model)
+    if table is None:
+        return pretrained(model).config.max_position_embeddings - num_virtual(model)
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind its padding's
+    return table.num_embeddings - unused - num_virtual(model)
 
 
 def other_classes(batch: Batch, labels: Labels) -> Tensor:
@@ -128,7 +154,7 @@ def class_logits(
         collate: makes a batch.
     """
     tokenizer, tagged = renderer.tokenizer, renderer.labels.kind == "tokens"
-    longest = pretrained(model).config.max_position_embeddings
+    longest = num_positions(model)
     rows: list[Encoded] = []
     words: list[list[int]] = []  # the place of each word's first token
     for prompt in prompts:

@@ -1,7 +1,8 @@
 """Virtual tokens before a model's input: trained embeddings (prompts), or trained keys and values (prefixes).
 
 Both are hooks of the model's forward pass, so that the model stays what it was: its masks and positions are extended,
-and everything of the text sees the virtual tokens.
+and everything of the text sees the virtual tokens. An encoder computes states for a prompt as for any token, before
+those of the text; what reads a row's first state (a classifier of rows) reads the prompt's first.
 """
 
 from abc import ABC, abstractmethod
@@ -10,12 +11,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from retain.errors import CompatibilityError
+from retain.models.encoder_heads import shell_of
 from retain.models.family import pretrained
 
-__all__ = ["Prefix", "VirtualTokens", "attach", "attached", "head_shape", "input_embeddings", "seen"]
+__all__ = [
+    "PLACE",
+    "Prefix",
+    "VirtualTokens",
+    "attach",
+    "attached",
+    "empty_cache",
+    "head_shape",
+    "input_embeddings",
+    "num_virtual",
+    "own_attention",
+    "seen",
+]
 
 PLACE = "prompts"
 """The name of the module that is added to the model."""
@@ -52,6 +66,8 @@ class VirtualTokens(nn.Module, ABC):
             if (positions := inputs.get(name)) is not None:
                 own = torch.arange(num, device=positions.device).expand(*positions.shape[:-1], num)
                 changed[name] = torch.cat([own, positions + num], dim=-1) if first else positions + num
+        if first and (types := inputs.get("token_type_ids")) is not None:  # a prompt is of the first sentence
+            changed["token_type_ids"] = torch.cat([types.new_zeros(len(types), num), types], dim=1)
         if first:
             text = inputs.get("inputs_embeds")
             if text is None:
@@ -62,7 +78,7 @@ class VirtualTokens(nn.Module, ABC):
 
 
 class Prefix(nn.Module):
-    """Keys and values of virtual tokens in every layer of a causal transformer.
+    """Keys and values of virtual tokens in every layer of a transformer; of two halves, in the decoder's own attention.
 
     Args:
         tokens: virtual tokens.
@@ -75,6 +91,7 @@ class Prefix(nn.Module):
         self.shape = shape
         self.weight = nn.Parameter(torch.zeros(tokens, layers * 2 * heads * width))
         self.active = True
+        self.in_cache = True  # the text's positions come after it
 
     def layers(self, rows: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Key and value of each layer, (rows, heads, tokens, width) each."""
@@ -106,22 +123,44 @@ class Prefix(nn.Module):
             text: Tensor | None = inputs.get("input_ids")
             rows = len(inputs["inputs_embeds"] if text is None else text)
             dtype = cast("Tensor", pretrained(model).get_input_embeddings().weight).dtype
-            cache = DynamicCache(config=pretrained(model).config) if cache is None else cache
+            if cache is None:
+                cache = empty_cache(model, beside_source=inputs.get("encoder_hidden_states") is not None)
+            own = own_attention(cache)
             for layer, (key, value) in enumerate(self.layers(rows, dtype)):
-                cache.update(key, value, layer)
+                own.update(key, value, layer)
             changed["past_key_values"] = cache
         return arguments, changed
 
 
+def empty_cache(model: nn.Module, *, beside_source: bool) -> Cache:
+    """A cache of nothing; beside a source, a decoder also keeps what it knows of that."""
+    config = pretrained(model).config
+    own = DynamicCache(config=config)
+    return EncoderDecoderCache(own, DynamicCache(config=config)) if beside_source else own
+
+
+def own_attention(cache: Cache) -> Cache:
+    """What the text's own tokens left in the cache; the other part is what a decoder knows of its encoder's."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def attach(model: nn.Module, place: VirtualTokens | Prefix) -> None:
-    """Let the model read these virtual tokens; one of two halves reads them before its source."""
+    """Let the model read these virtual tokens.
+
+    Of two halves the encoder reads a prompt before the source, and the decoder a prefix before what it writes. A
+    classifier that guesses hidden tokens, too, reads them in both passes.
+    """
     model.add_module(PLACE, place)
-    if not pretrained(model).config.is_encoder_decoder:
-        model.register_forward_pre_hook(place.read, with_kwargs=True)
-        return
     halves: Any = model
-    halves.get_encoder().register_forward_pre_hook(place.read, with_kwargs=True)
-    halves.get_decoder().register_forward_pre_hook(see_source, with_kwargs=True)
+    if not pretrained(model).config.is_encoder_decoder:
+        beside = shell_of(model)
+        for reader in [model] if beside is None else [model, beside.model]:
+            reader.register_forward_pre_hook(place.read, with_kwargs=True)
+    elif isinstance(place, Prefix):
+        halves.get_decoder().register_forward_pre_hook(place.read, with_kwargs=True)
+    else:
+        halves.get_encoder().register_forward_pre_hook(place.read, with_kwargs=True)
+        halves.get_decoder().register_forward_pre_hook(see_source, with_kwargs=True)
 
 
 def see_source(_: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -135,6 +174,15 @@ def see_source(_: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any])
 def attached(model: nn.Module) -> nn.Module | None:
     """The virtual tokens that the model reads, on or off."""
     return dict(model.named_children()).get(PLACE)
+
+
+def num_virtual(model: nn.Module) -> int:
+    """Positions that the model's virtual tokens take before a text's."""
+    place = attached(model)
+    if isinstance(place, Prefix):
+        return len(place.weight) if place.active and place.in_cache else 0
+    values = place.values() if isinstance(place, VirtualTokens) else None
+    return 0 if values is None else len(values)
 
 
 def seen(mask: Tensor, num: int, *, first: bool) -> Tensor:
