@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from retain.config import load_config
 from retain.errors import LineageError, ModelError
-from retain.inference import answer, base_source, load_for_answering, load_stage, load_tokenizer, rows_to_score, score
+from retain.inference import answer, base_source, load_for_answering, load_renderer, load_stage, rows_to_score, score
 from retain.lineage import Lineage
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
@@ -43,7 +43,7 @@ def test_the_stages_of_a_lineage(write_recipe: Recipe, tiny_model: Path) -> None
         load_stage(lineage, 9)
     source = base_source(lineage, config)
     assert (source.name, source.folder) == (str(tiny_model), tiny_model)
-    assert load_tokenizer(str(lineage.path))[1]("a")["input_ids"] == head.renderer.tokenizer("a")["input_ids"]
+    assert load_renderer(str(lineage.path))[1].tokenizer("a")["input_ids"] == head.renderer.tokenizer("a")["input_ids"]
 
 
 def test_a_lineage_that_started_from_nothing(write_recipe: Recipe) -> None:
@@ -52,9 +52,9 @@ def test_a_lineage_that_started_from_nothing(write_recipe: Recipe) -> None:
     base, config = load_stage(lineage, 0)
     assert isinstance(base.family, RecurrentFamily)
     assert base_source(lineage, config).folder == lineage.stage_folder(0) / "model"
-    family, tokenizer = load_tokenizer(str(lineage.path))
+    family, renderer = load_renderer(str(lineage.path))
     assert isinstance(family, RecurrentFamily)
-    assert len(tokenizer) == len(base.renderer.tokenizer)
+    assert len(renderer.tokenizer) == len(base.renderer.tokenizer)
     assert not torch.equal(weights(base.model), weights(load_stage(lineage)[0].model))
 
 
@@ -63,7 +63,7 @@ def test_any_model(tiny_model: Path, tmp_path: Path) -> None:
     assert isinstance(target.family, DecoderFamily)
     assert target.model.generation_config.eos_token_id == list(target.renderer.stop_ids)
     assert torch.equal(weights(target.model), weights(AutoModelForCausalLM.from_pretrained(tiny_model)))
-    assert isinstance(load_tokenizer(str(tiny_model))[0], DecoderFamily)
+    assert isinstance(load_renderer(str(tiny_model))[0], DecoderFamily)
     with pytest.raises(ModelError, match="no config"):
         load_for_answering(str(tmp_path))
 

@@ -14,7 +14,7 @@ from retain.errors import ConfigError
 from retain.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from retain.lineage import Lineage
 from retain.memory import take_memory
-from retain.models.family import Family, Tokenizer, pretrained
+from retain.models.family import Family, pretrained
 from retain.models.source import Source, open_source
 from retain.strategies.strategy import Strategy
 from retain.task_view import BoundTask
@@ -25,8 +25,8 @@ __all__ = [
     "answer",
     "base_source",
     "load_for_answering",
+    "load_renderer",
     "load_stage",
-    "load_tokenizer",
     "rows_to_score",
     "score",
 ]
@@ -131,17 +131,32 @@ def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
     return Answering(model.to(distributed.device()).eval(), source.family, renderer, source.notice)
 
 
-def load_tokenizer(target: str) -> tuple[Family, Tokenizer]:
-    """A model's family and tokenizer without its weights."""
-    from transformers import AutoTokenizer
+def load_renderer(target: str, template: str = "auto") -> tuple[Family, Renderer]:
+    """A model's family and renderer without its weights.
 
+    Args:
+        target: as for `load_for_answering`, or a recipe, whose model may start from nothing.
+        template: how conversations are rendered; where `auto`, as the recipe or the lineage says.
+
+    Raises:
+        UserError: if it is none of these.
+    """
     path = Path(target).expanduser()
+    examples: list[Example] = []
     if (path / "lineage.json").exists():
-        lineage = Lineage.open(path)
-        source = base_source(lineage, load_config(path / "config.yaml", check_files=False).config)
+        config = load_config(path / "config.yaml", check_files=False).config
+        source, own = base_source(Lineage.open(path), config), config.model.template
+    elif path.suffix in (".yaml", ".yml"):
+        config = load_config(path).config
+        own, model = config.model.template, config.model
+        source = open_source(model.name, model.family, trust_remote_code=model.trust_remote_code)
+        if source.folder is None:
+            examples = [row for entry in config.tasks for row in load_task(entry, seed=config.train.seed).task.train]
     else:
-        source = open_source(target)
-    return source.family, AutoTokenizer.from_pretrained(source.folder)
+        source, own = open_source(target), "auto"
+    folder, family = source.folder, source.family
+    tokenizer = family.create(examples, seed=0)[1] if folder is None else family.load_tokenizer(folder)
+    return family, Renderer(tokenizer, own if template == "auto" else template)
 
 
 def rows_to_score(data: str, *, metric: str = "auto", limit: int | None = None, seed: int = 0) -> Task:

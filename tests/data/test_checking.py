@@ -17,8 +17,9 @@ def check(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: list[dict[str,
     renderer = Renderer(tokenizer)
     options = {"max_length": 100, **options}
     return check_data(
-        "a.jsonl", renderer=renderer, encode=lambda e: shifted(e, *renderer.encode(e)), root=folder, **options
-    )
+        "a.jsonl", renderer=renderer, root=folder,
+        encode=lambda task: [shifted(e, *renderer.encode(e)) for e in task.train], **options,
+    )  # fmt: skip
 
 
 def pair(prompt: str, completion: str, **columns: Any) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_preview(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     turns = [("user", "q"), ("assistant", "Hà Nội"), ("user", "r"), ("assistant", "blue")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (sample,) = check(tokenizer, tmp_path, [row]).samples
-    assert preview(sample, tokenizer) == [
+    assert preview(sample, Renderer(tokenizer)) == [
         ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", False),
         ("Hà Nội<|im_end|>", True),
         ("\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n", False),
@@ -99,8 +100,8 @@ def test_preview_of_a_piece_and_of_another_family(tokenizer: PreTrainedTokenizer
     ids = tokenizer.encode("red green blue")
     example = Example("a", text="red green blue")
     pieces, _ = fit_length([shifted(example, ids, [0.0] + [1.0] * (len(ids) - 1))], max_length=2, on_overflow="split")
-    first = preview(pieces[0], tokenizer)
+    first = preview(pieces[0], Renderer(tokenizer))
     assert [trained for _, trained in first] == [False, True]
     assert "".join(text for text, _ in first) == tokenizer.decode(ids[:3])
     other = Encoded(example, {"input_ids": ids, "decoder_input_ids": ids[:1]}, [ids[-1], IGNORED], [1.0, 0.0])
-    assert preview(other, tokenizer) == [("red green blue", False), (tokenizer.decode(ids[-1:]), True)]
+    assert preview(other, Renderer(tokenizer)) == [("red green blue", False), (tokenizer.decode(ids[-1:]), True)]

@@ -24,7 +24,9 @@ def check(
     file: Annotated[
         str, typer.Argument(help="training rows: JSONL, JSON, CSV, Parquet, a `datasets` folder or hub id")
     ],
-    model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option("--model", help="a model, a lineage or a recipe, whose tokenizer is used")
+    ] = "smollm2-135m",
     test: Annotated[str | None, typer.Option(help="test rows, to look for overlap")] = None,
     format: Annotated[str, typer.Option(help="the rows' format; `retain list` shows them")] = "auto",
     max_length: Annotated[int, typer.Option(min=1, help="tokens that a row may have")] = 512,
@@ -34,17 +36,21 @@ def check(
     """Count rows, lengths, duplicates, overlap and masked rows, and show three rows coloured by what is trained."""
     from retain.data.checking import check_data, preview
     from retain.data.readers import read_rows
-    from retain.data.rendering import Renderer
-    from retain.inference import load_tokenizer
+    from retain.inference import load_renderer
+    from retain.types import Encoded, Task
 
     show_log(quiet=as_json)
     for source in filter(None, (file, test)):
         read_rows(source)  # what is wrong with a file is told before a model is fetched
-    family, tokenizer = load_tokenizer(model)
     text = Path(template).read_text(encoding="utf-8") if Path(template).is_file() else template
-    renderer = Renderer(tokenizer, text)
+    family, renderer = load_renderer(model, text)
+
+    def encode(task: Task) -> list[Encoded]:
+        renderer.labels = family.labels_for(task)
+        return [family.encode(example, renderer) for example in family.unfold(task.train)]
+
     report = check_data(
-        file, renderer=renderer, encode=lambda example: family.encode(example, renderer),
+        file, renderer=renderer, encode=encode, vary=lambda row: family.vary(row, renderer, draw="0/0"),
         max_length=max_length, test=test, format=format,
     )  # fmt: skip
     if as_json:
@@ -55,7 +61,7 @@ def check(
     out.print(Text.assemble("\nrows, ", ("trained", "bold green"), " and ", ("untrained", "dim"), ":\n"))
     for encoded in report.samples:
         row = Text()
-        for piece, trained in preview(encoded, tokenizer):
+        for piece, trained in preview(encoded, renderer):
             row.append(piece, style="bold green" if trained else "dim")
         out.print(row)
         out.print()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from retain.data.formats import columns_not_used, detect_format, rename_columns, to_examples
+from retain.data.labelled import SEVERAL
 from retain.data.readers import read_rows
 from retain.data.rendering import Renderer
-from retain.data.tasks import prompt_key
-from retain.types import IGNORED, Encoded, Example
+from retain.data.tasks import choose_metric, prompt_key
+from retain.types import IGNORED, Encoded, Example, Task
 
 __all__ = ["DataReport", "Lengths", "check_data", "preview"]
 
@@ -45,27 +46,29 @@ class DataReport:
         source: the file.
         format: of its rows.
         rows: how many.
+        learned: the examples that they are learned as; more, where a family learns each answer of a conversation apart.
         columns_not_used: columns that nothing reads.
-        prompt_tokens: tokens a row that are not trained.
-        completion_tokens: tokens a row that are trained.
+        prompt_tokens: tokens an example that are only read.
+        completion_tokens: targets an example: its trained tokens, or classes.
         max_length: tokens that a row may have.
-        over_length: rows that are longer: an error, dropped, truncated or split, as `on_overflow` says.
+        over_length: examples that are longer: an error, dropped, truncated or split, as `on_overflow` says.
         tokens_over: tokens of those beyond `max_length`.
         targets_over: the share of all trained tokens that truncation would lose, 0 to 1.
-        masked: rows of which no token is trained.
-        masked_if_truncated: further rows of which truncation would leave no trained token.
+        masked: examples of which no token is trained.
+        masked_if_truncated: further examples of which truncation would leave no trained token.
         duplicates: rows that repeat an earlier one.
         near_duplicates: further rows that repeat one but for case, punctuation and spacing.
         test_rows: rows of the test file; 0 where none was given.
         overlap: rows that ask what a test row asks; training leaves them out.
         labels: how often each answer occurs, where there are few enough to be labels.
         notes: what the renderer had to adapt.
-        samples: the first three rows, as the model sees them.
+        samples: the first three examples, as the model sees them.
     """
 
     source: str
     format: str
     rows: int
+    learned: int
     columns_not_used: tuple[str, ...]
     prompt_tokens: Lengths
     completion_tokens: Lengths
@@ -90,12 +93,13 @@ class DataReport:
     def lines(self) -> Iterator[tuple[str, str]]:
         """(name, value) of every count, for people."""
         yield "format", self.format
-        yield "rows", str(self.rows)
+        learned = f", learned as {self.learned} examples" if self.learned != self.rows else ""
+        yield "rows", f"{self.rows}{learned}"
         if self.columns_not_used:
             yield "columns not used", ", ".join(self.columns_not_used)
         yield "prompt tokens", str(self.prompt_tokens)
         yield "trained tokens", str(self.completion_tokens)
-        over = f"{self.over_length} ({self.over_length / self.rows:.1%})"
+        over = f"{self.over_length} ({self.over_length / self.learned:.1%})"
         if self.over_length:
             over += f"; truncating them would lose {self.targets_over:.1%} of the trained tokens"
         yield f"longer than {self.max_length}", over
@@ -118,7 +122,8 @@ def check_data(
     path: str,
     *,
     renderer: Renderer,
-    encode: Callable[[Example], Encoded],
+    encode: Callable[[Task], Sequence[Encoded]],
+    vary: Callable[[Encoded], Encoded] = lambda row: row,
     max_length: int,
     test: str | None = None,
     format: str = "auto",
@@ -130,7 +135,8 @@ def check_data(
     Args:
         path: of `readers.read_rows`.
         renderer: with the model's tokenizer and template.
-        encode: the family's encoding of one example.
+        encode: the family's encoding of a task's training rows.
+        vary: what the family draws at random for an encoded row.
         max_length: tokens that a row may have.
         test: the test rows, to look for overlap.
         format, columns: as in a task's configuration.
@@ -141,12 +147,14 @@ def check_data(
     """
     rows = rename_columns(read_rows(path, root=root), columns or {}, where=path)
     name = detect_format(rows, where=path) if format == "auto" else format
-    examples = to_examples(rows, name, where=path)
+    task = Path(path).stem
+    examples = to_examples(rows, name, task=task, where=path)
     held: list[Example] = []
     if test is not None:
         held = to_examples(read_rows(test, root=root), format, columns=columns, where=test)
     asked = {prompt_key(example) for example in held}
-    encoded = [encode(example) for example in examples]
+    encoded = encode(Task(task, tuple(examples), metric=SEVERAL.get(name) or choose_metric(examples)))
+    seen = [vary(row) for row in encoded]
     targets = [row.num_targets for row in encoded]
     kept = [sum(target != IGNORED for target in row.targets[:max_length]) for row in encoded]
     over = [max(0, max(map(len, row.inputs.values())) - max_length) for row in encoded]
@@ -155,9 +163,10 @@ def check_data(
         source=path,
         format=name,
         rows=len(rows),
+        learned=len(encoded),
         columns_not_used=tuple(columns_not_used(rows, name)),
-        prompt_tokens=_lengths([row.num_tokens - row.num_targets for row in encoded]),
-        completion_tokens=_lengths(targets),
+        prompt_tokens=_lengths([_num_read(row) for row in seen]),
+        completion_tokens=_lengths([row.num_targets for row in seen]),
         max_length=max_length,
         over_length=sum(excess > 0 for excess in over),
         tokens_over=sum(over),
@@ -170,17 +179,19 @@ def check_data(
         overlap=sum(prompt_key(example) in asked for example in examples),
         labels=_labels(examples),
         notes=renderer.notes,
-        samples=tuple(encoded[:_NUM_SAMPLES]),
+        samples=tuple(seen[:_NUM_SAMPLES]),
     )
 
 
-def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+def preview(encoded: Encoded, renderer: Renderer) -> list[tuple[str, bool]]:
     """A row's text in pieces, each with whether it is trained.
 
     Where the targets are the inputs shifted by one, the pieces are the row's own text; else its inputs, which are not
-    trained, and then its targets.
+    trained, and then its targets. Of a row whose targets are classes that is its answer.
     """
-    ids = encoded.inputs["input_ids"]
+    ids, tokenizer = encoded.inputs["input_ids"], renderer.tokenizer
+    if renderer.labels.kind and encoded.example.messages:
+        return [(tokenizer.decode(ids), False), (f" {encoded.example.answer}", True)]
     counted = [(place, target) for place, target in enumerate(encoded.targets) if target != IGNORED]
     if len(encoded.targets) == len(ids) and all(
         ids[place + 1 : place + 2] in ([target], []) for place, target in counted
@@ -198,6 +209,12 @@ def preview(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
         else:
             pieces.append(([token], trained))
     return [(tokenizer.decode(tokens), trained) for tokens, trained in pieces]
+
+
+def _num_read(row: Encoded) -> int:
+    """Tokens that are not trained; targets that are none of these tokens (a class of the whole text) take nothing."""
+    of_positions = any(len(ids) == len(row.targets) for ids in row.inputs.values())
+    return row.num_tokens - row.num_targets if of_positions else row.num_tokens
 
 
 def _lengths(counts: Sequence[int]) -> Lengths:
