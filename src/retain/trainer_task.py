@@ -74,6 +74,11 @@ class TrainerMethod:
         """A Trainer has one model."""
         return False
 
+    @property
+    def no_products(self) -> str:
+        """Nothing is known of the adapter before it is looked at."""
+        return ""
+
     def detached(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The adapter off while inside.
 
@@ -117,9 +122,11 @@ class TrainerOutputs:
 
     Args:
         hidden: (num_targets, classes), the logits at the counted targets.
+        classes: None: a Trainer's head does not grow.
     """
 
     hidden: Tensor
+    classes: Tensor | None = None
 
     def head(self, hidden: Tensor) -> Tensor:
         """What it is given."""

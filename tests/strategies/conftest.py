@@ -1,5 +1,6 @@
 """A task of toys: what a strategy is given, without families, tokenizers or methods."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retain.data.rendering import Renderer
+from retain.methods.full import Full
+from retain.models.encoder import EncoderFamily
 from retain.strategies.strategy import ModelOutputs
-from retain.types import IGNORED, Batch, Example
+from retain.task_view import BoundTask
+from retain.types import IGNORED, Batch, Example, Message, Task
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class ToyOutputs:
     """A pass's logits at the counted targets."""
 
     at_targets: Tensor
+    classes: Tensor | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -134,6 +140,52 @@ def make_text_task(name: str, sizes: Sequence[int], *, seed: int = 0, start: int
         Example(id=f"{name} {start + i}", text=f"{name} {start + i}", task=name) for i in range(len(sizes))
     )
     return ToyTask(name, examples, tokens={e.id: size for e, size in zip(examples, sizes, strict=True)}, seed=seed)
+
+
+class Classes:
+    """A tiny encoder that learns two tasks of labels, the second with new ones."""
+
+    def __init__(self, metric: str = "accuracy", heads: Any = "shared") -> None:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+        self.family = EncoderFamily(architecture="bert", heads=heads, max_position_embeddings=32, **sizes)
+        names = {"old": ("blue", "green"), "new": ("dog", "cat", "cow")}
+        self.tasks = {task: self.task(task, labels, metric) for task, labels in names.items()}
+        rows = [row for task in self.tasks.values() for row in task.train]
+        network, tokenizer = self.family.create(rows, seed=0)
+        self.renderer = Renderer(tokenizer)
+        self.model = self.family.equip(network, self.renderer, list(self.tasks.values()), seed=0).double()
+
+    def task(self, name: str, labels: Sequence[str], metric: str) -> Task:
+        rows = [
+            Example(
+                f"{name} {i}", (Message("user", f"{name} text {i}"), Message("assistant", label)), task=name,
+                source="task" if name == "new" else "replay",
+            )
+            for i, label in enumerate([json.dumps([x]) if metric == "label_f1" else x for x in labels] * 3)
+        ]  # fmt: skip
+        return Task(name, tuple(rows), metric=metric, choices=tuple(labels))
+
+    def view(self, name: str) -> BoundTask:
+        self.family.prepare(self.model, self.renderer, self.tasks[name], seed=0)
+        return BoundTask(
+            name=name, examples=self.tasks[name].train, family=self.family, renderer=self.renderer, method=Full(),
+            max_length=32, max_tokens=9999, packed=False, precision="fp32",
+        )  # fmt: skip
+
+    def shift(self) -> None:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+
+    def new_rows(self) -> list[Tensor]:
+        """The gradients of the rows that only the new task's classes have."""
+        return [parameter.grad[2:] for parameter in self.model.classifier.parameters()]
+
+
+@pytest.fixture
+def classes() -> type[Classes]:
+    return Classes
 
 
 @pytest.fixture

@@ -262,3 +262,34 @@ def test_another_top_k_goes_on_with_what_is_there(toy_task: Toy) -> None:
 def test_refuses_settings_that_mean_nothing(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected"):
         DER(**options)
+
+
+@pytest.mark.parametrize("heads", ["shared", "per_task"])
+@pytest.mark.parametrize("metric", ["accuracy", "label_f1"])
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_stored_logits_are_those_of_their_classes_when_the_head_grows(
+    classes: Any, metric: str, heads: str, beta: float
+) -> None:
+    """Old rows among new ones: each target is held to the logits of the classes that it was stored with."""
+    world = classes(metric, heads)
+    old, strategy = world.view("old"), DER(alpha=2.0, beta=beta)
+    [batch] = old.batches(old.examples)
+    before = old.forward(world.model, batch).logits().detach()  # (targets, 2)
+    assert before.shape[1] == 2
+    strategy.after_task(world.model, old)
+    new = world.view("new")
+    world.shift()
+    mixed = [row for pair in zip(new.examples, old.examples, strict=False) for row in pair]
+    [batch] = new.batches(mixed)
+    outputs = new.forward(world.model, batch)
+    wanted = torch.tensor([row.source == "replay" for row in batch.examples])[batch.target_documents]
+    logits = outputs.logits()[wanted]
+    squares = (logits[:, :2] - before).square().mean(dim=1)
+    nats = F.cross_entropy(logits, batch.targets[batch.counted][wanted], reduction="none")
+    expected = 2.0 * squares.sum() + (beta - 1) * nats.sum()
+    term = strategy.loss_term(world.model, batch, outputs)
+    assert term is not None
+    torch.testing.assert_close(term, expected, rtol=1e-2, atol=1e-3)  # stored in half precision
+    if beta == 1:
+        term.backward()
+        assert all(not rows.any() for rows in world.new_rows()), "a stored logit is none of a new class"

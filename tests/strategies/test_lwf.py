@@ -183,7 +183,7 @@ def test_a_method_that_detaches_is_its_own_teacher(toy_task: Toy) -> None:
     assert not model[0].weight.requires_grad
     term.backward()
     assert model[1].bias.grad is not None
-    assert set(strategy.state_dict()) == {"tasks"}
+    assert set(strategy.state_dict()) == {"tasks", "sizes"}
 
 
 @pytest.mark.parametrize("rows", ["all", "task", "old"])
@@ -235,6 +235,8 @@ def test_bf16_copies_of_the_teachers_weights_do_not_reach_the_student(toy_task: 
     class Late:
         """Outputs whose head runs when they are asked, as a family's do."""
 
+        classes = None
+
         def __init__(self, hidden: Tensor) -> None:
             self.hidden = hidden
 
@@ -257,6 +259,8 @@ def test_bf16_copies_of_the_teachers_weights_do_not_reach_the_student(toy_task: 
 
 class Whole:
     """Outputs whose head moves, as a full-tuned model's does."""
+
+    classes = None
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.hidden, self.head = model[:3](batch.inputs["x"][batch.counted]), model[3]
@@ -310,12 +314,87 @@ def test_rows_that_the_model_has_grown_have_no_teacher_of_their_own(toy_task: To
     assert value_of(strategy, model, task, batch) == 0
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["one process", "restored"])
+@pytest.mark.parametrize("rows", ["all", "old"])
+def test_a_classifier_is_distilled_over_the_classes_that_the_teacher_knew(classes: Any, rows: Any, again: bool) -> None:
+    """The head has grown from two classes to five: by hand over the first two, and the new rows are left alone."""
+    world = classes()
+    old, strategy = world.view("old"), LwF(strength=3.0, temperature=2.0, rows=rows)
+    strategy.after_task(strategy.before_task(world.model, old), old)
+    if again:
+        state = strategy.state_dict()
+        strategy = LwF(strength=3.0, temperature=2.0, rows=rows)
+        strategy.restore(world.model, state)
+    new = world.view("new")
+    strategy.before_task(world.model, new)
+    mixed = [row for pair in zip(old.examples, new.examples, strict=False) for row in pair]
+    [batch] = new.batches(mixed)
+    wanted = torch.tensor([rows == "all" or row.source == "replay" for row in batch.examples])
+    before = new.forward(world.model, batch).logits().detach()
+    assert before.shape[1] == 5
+    world.shift()
+    outputs = new.forward(world.model, batch)
+    p, q = (before[wanted, :2] / 2).softmax(-1), (outputs.logits()[wanted, :2] / 2).log_softmax(-1)
+    expected = 3 * 4 * (p * (p.log() - q)).sum()
+    parameters = list(world.model.parameters())
+    gradients = torch.autograd.grad(expected, parameters, retain_graph=True, allow_unused=True)
+    term = strategy.loss_term(world.model, batch, outputs)
+    assert term is not None
+    torch.testing.assert_close(term, expected)
+    assert float(expected.detach()) > 0
+    term.backward()
+    assert all(not rows.any() for rows in world.new_rows())
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_yes_and_no_of_new_classes_are_not_distilled(classes: Any) -> None:
+    world = classes("label_f1")
+    old, strategy = world.view("old"), LwF()
+    strategy.after_task(strategy.before_task(world.model, old), old)
+    new = world.view("new")
+    strategy.before_task(world.model, new)
+    world.shift()
+    [batch] = new.batches(new.examples)  # asks of the three new classes only
+    assert strategy.loss_term(world.model, batch, new.forward(world.model, batch)) is None
+    [batch] = new.batches([*new.examples, *old.examples])
+    term = strategy.loss_term(world.model, batch, new.forward(world.model, batch))
+    assert term is not None
+    term.backward()
+    assert all(not rows.any() for rows in world.new_rows())
+    [alone] = new.batches(old.examples)
+    torch.testing.assert_close(term, strategy.loss_term(world.model, alone, new.forward(world.model, alone)))
+
+
+def test_classes_that_are_all_known_are_all_distilled(classes: Any) -> None:
+    world = classes()
+    old, strategy = world.view("old"), LwF(temperature=1.0)
+    strategy.after_task(strategy.before_task(world.model, old), old)
+    strategy.before_task(world.model, old)
+    [batch] = old.batches(old.examples)
+    p = old.forward(world.model, batch).logits().detach().softmax(-1)
+    world.shift()
+    q = old.forward(world.model, batch).logits().detach().log_softmax(-1)
+    term = strategy.loss_term(world.model, batch, old.forward(world.model, batch))
+    torch.testing.assert_close(term.detach(), (p * (p.log() - q)).sum())
+
+
+def test_a_base_that_had_no_classes_teaches_none(classes: Any) -> None:
+    world = classes()
+    old, strategy = world.view("old"), LwF(teacher="base")
+    strategy.after_task(strategy.before_task(world.model, old), old)
+    new = world.view("new")
+    strategy.before_task(world.model, new)
+    [batch] = new.batches([*new.examples, *old.examples])
+    assert strategy.loss_term(world.model, batch, new.forward(world.model, batch)) is None
+
+
 def test_the_copy_goes_when_its_work_is_done(toy_task: Toy) -> None:
     model, task = network(), toy_task()
     strategy = in_second_task(model, task, task)
-    assert len(strategy.state_dict()) == 1 + len(list(model.parameters()))
+    assert len(strategy.state_dict()) == 2 + len(list(model.parameters()))
     strategy.after_task(model, task)
-    assert strategy.state_dict() == {"tasks": ["toy", "toy"]}
+    assert strategy.state_dict().keys() == {"tasks", "sizes"}
 
 
 def test_the_state_gives_the_same_term(toy_task: Toy) -> None:

@@ -83,8 +83,7 @@ class DER(Strategy):
         places, stored, tokens = self._lined_up(batch, rows)
         weights, targets = batch.weights[places], batch.targets[batch.counted][places]
 
-        def term(rows: Tensor, part: slice) -> Tensor:
-            logits = outputs.head(rows)  # (rows, vocabulary)
+        def term(logits: Tensor, part: slice) -> Tensor:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             known = len(stored[part])  # those come first
             squares = (logits[:known].gather(1, tokens[part]) - stored[part]).square().mean(dim=1)
@@ -94,9 +93,13 @@ class DER(Strategy):
             nats = F.cross_entropy(logits, targets[part], reduction="none")
             return value + (self.beta - 1) * (weights[part] * nats).sum()
 
+        if outputs.classes is not None:
+            return term(outputs.logits()[places], slice(None))
         hidden = outputs.hidden[places]  # (old targets, width)
         size = rows_at_once(hidden, outputs.head)
-        return summed_in_chunks(term, hidden, list(trainable(model).values()), chunk=size)
+        return summed_in_chunks(
+            lambda rows, part: term(outputs.head(rows), part), hidden, list(trainable(model).values()), chunk=size
+        )
 
     def after_task(self, model: nn.Module, task: TaskView) -> None:
         """Offer the task's rows to the memory, and store the logits of those that came in."""
@@ -159,6 +162,10 @@ class DER(Strategy):
 def largest(outputs: ModelOutputs, num: int) -> tuple[Tensor, Tensor]:
     """(num_targets, num), the largest logits of each target and their tokens, some targets at a time."""
     hidden = outputs.hidden
+    if outputs.classes is not None:
+        logits = outputs.logits()
+        values, tokens = logits.topk(min(num, logits.shape[1]))
+        return values, tokens
     if not len(hidden):
         return hidden.new_empty(0, num), torch.empty(0, num, dtype=torch.long, device=hidden.device)
     found: list[tuple[Tensor, Tensor]] = []

@@ -8,8 +8,9 @@ with an earlier copy of what moves, or, where the method can detach, with the me
 Source: Li and Hoiem 2016, https://arxiv.org/abs/1606.09282, eq. 2-3; the temperature as in Hinton et al. 2015,
 https://arxiv.org/abs/1503.02531.
 Differs: the KL in place of the cross-entropy with the teacher's predictions, which has the same gradient and is 0 where
-nothing changed. There is one head, not one for each task. The teacher is asked again at every step instead of once, so
-nothing is stored for each row and nothing can get out of line with a shuffled order.
+nothing changed. There is one head, not one for each task; of a classifier that has grown the two are compared over the
+classes that the teacher had learned, as the paper compares them at the old tasks' heads. The teacher is asked again at
+every step instead of once, so nothing is stored for each row and nothing can get out of line with a shuffled order.
 """
 
 from collections.abc import Generator
@@ -64,6 +65,8 @@ class LwF(Strategy):
         self.tasks: list[str] = []  # consolidated; before the first there is nothing to keep
         self.earlier: dict[str, Tensor] = {}  # the teacher's values of what moves
         self.task: TaskView | None = None
+        self.sizes: dict[str, int] = {}  # rows of each parameter that the teacher had learned, by name
+        self.num_classes: int | None = None  # that the teacher had learned; None where it knows all
 
     def before_task(self, model: nn.Module, task: TaskView) -> nn.Module:
         """Keep the weights as they are, where they are the teacher's."""
@@ -71,6 +74,8 @@ class LwF(Strategy):
         first = not self.tasks
         if (not first) if self.teacher == "previous" else (first and not task.method.can_detach):
             self.earlier = copied(model)
+        grown = [num for name, num in self.sizes.items() if num < rows_of(model).get(name, 0)]
+        self.num_classes = min(grown, default=None)
         return model
 
     def loss_term(self, model: nn.Module, batch: Batch, outputs: ModelOutputs) -> Tensor | None:
@@ -81,6 +86,8 @@ class LwF(Strategy):
         if not wanted.any():
             return None
         task = self.task
+        if outputs.classes is not None:
+            return self._over_classes(model, task, batch, outputs, outputs.classes, wanted)
         with self._teaching(model, task) as teacher:
             theirs = task.forward(teacher, batch)
         ours, known, weights = outputs.hidden[wanted], theirs.hidden[wanted], batch.weights[wanted]
@@ -100,21 +107,40 @@ class LwF(Strategy):
             self.earlier = {}
         elif not self.tasks and not self.earlier and not task.method.can_detach:
             self.earlier = copied(model)
+        if self.teacher == "previous" or not self.tasks:
+            known = self.teacher == "previous" or task.name == "base"  # else it never learned this task's classes
+            self.sizes = {name: num * known for name, num in rows_of(model).items()}
         self.tasks.append(task.name)
 
     def state_dict(self) -> State:
-        """The teacher."""
-        return {"tasks": list(self.tasks), **{f"teacher/{name}": value for name, value in self.earlier.items()}}
+        """The teacher, and how much of the head it had learned."""
+        teacher = {f"teacher/{name}": value for name, value in self.earlier.items()}
+        return {"tasks": list(self.tasks), "sizes": dict(self.sizes), **teacher}
 
     def restore(self, model: nn.Module, state: State) -> nn.Module:
         """Take it back, each tensor to its parameter's device."""
         devices = {name: parameter.device for name, parameter in model.named_parameters()}
         found = {key.removeprefix("teacher/"): value for key, value in state.items() if key.startswith("teacher/")}
-        self.tasks = list(state["tasks"])
+        self.tasks, self.sizes = list(state["tasks"]), dict(state.get("sizes", {}))
         self.earlier = {  # copied: products of the same numbers differ in the last bit where a file's bytes lie
             name: value.to(devices.get(name, value.device), copy=True) for name, value in found.items()
         }
         return model
+
+    def _over_classes(
+        self, model: nn.Module, task: TaskView, batch: Batch, outputs: ModelOutputs, classes: Tensor, wanted: Tensor
+    ) -> Tensor | None:
+        """The term of a classifier: rows of its head that are new have no teacher, and are not moved."""
+        known = classes < (classes.max() + 1 if self.num_classes is None else self.num_classes)  # (num_targets, logits)
+        wanted = wanted & known.any(dim=1)
+        if not wanted.any():
+            return None
+        with self._teaching(model, task) as teacher:
+            expected = task.forward(teacher, batch).logits()[wanted]
+        columns = known[wanted][0]  # the same at every target
+        ours = outputs.logits()[wanted][:, columns]
+        nats = distillation_nats(ours, expected[:, columns], temperature=self.temperature)
+        return self.strength * (batch.weights[wanted] * nats).sum()
 
     def _wanted(self, batch: Batch) -> Tensor:
         """(num_targets,), bool, whether the target's row is one to distil on."""
@@ -134,3 +160,8 @@ class LwF(Strategy):
             else:
                 stack.enter_context(swapped(model, self.earlier))
             yield stack.enter_context(evaluating(model))
+
+
+def rows_of(model: nn.Module) -> dict[str, int]:
+    """How many rows each parameter has that moves; a head's grow with its classes."""
+    return {name: len(parameter) for name, parameter in trainable(model).items() if parameter.dim()}

@@ -37,6 +37,14 @@ class ModelOutputs(Protocol):
         """(n, width) -> (n, vocabulary), the output head; for terms that never hold the logits of all targets."""
         ...
 
+    @property
+    def classes(self) -> Tensor | None:
+        """(num_targets, logits of each), the class that each logit is of; None where they are of tokens.
+
+        A classifier's head wants all of `hidden` at once. Its classes are counted in the order in which it got them.
+        """
+        ...
+
     def logits(self) -> Tensor:
         """(num_targets, vocabulary): the head of `hidden`."""
         ...
@@ -49,6 +57,7 @@ class TaskMethod(Protocol):
     name: ClassVar[str]
     can_detach: ClassVar[bool]  # is the base's own behaviour still there, without a second model?
     can_extend: ClassVar[bool]  # may there be several modules beside the frozen base?
+    no_products: ClassVar[str]  # why its changes, which seem to be products of two factors, are none; else empty
 
     def detached(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The base model's own behaviour while inside."""
