@@ -44,6 +44,7 @@ class ToyLoRA:
 
     name, can_detach, can_extend = "lora", True, True
     plain = True
+    no_products = ""
 
     def modules(self, model: Any) -> list[str]:
         return model.names()
@@ -147,7 +148,11 @@ def test_refusals(toy_task: Callable[..., ToyTask]) -> None:
     class NoProducts(ToyLoRA):
         plain = False
 
+    class DoRA(ToyLoRA):
+        no_products = "its length is learned"
+
     assert OLoRA().supports(ToyLoRA()) is None
+    assert "its length is learned" in (OLoRA().supports(DoRA()) or "")
     assert "LoRA" in (OLoRA().supports(Other()) or "")
     with pytest.raises(CompatibilityError, match="LoRA"):
         OLoRA().before_task(Pairs(), toy_task(method=Other()))

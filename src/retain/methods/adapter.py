@@ -61,6 +61,7 @@ class Adapter:
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = True
     can_extend: ClassVar[bool] = True
+    no_products: ClassVar[str] = ""
 
     size: int = 64
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"

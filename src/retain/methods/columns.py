@@ -59,6 +59,7 @@ class Columns:
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = True
     can_extend: ClassVar[bool] = True
+    no_products: ClassVar[str] = ""
 
     start: Literal["base", "random"] = "base"
     reads_base: bool = True

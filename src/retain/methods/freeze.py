@@ -41,6 +41,7 @@ class Freeze:
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = True
     can_extend: ClassVar[bool] = False
+    no_products: ClassVar[str] = ""
 
     train: tuple[str, ...] = ()
     num_layers: int = 0

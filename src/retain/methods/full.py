@@ -24,6 +24,7 @@ class Full:
     packs: ClassVar[bool] = True
     can_detach: ClassVar[bool] = False
     can_extend: ClassVar[bool] = False
+    no_products: ClassVar[str] = ""
 
     def supports(self, family: Family) -> str | None:
         """Every family; of one that counts, all counts are learned."""

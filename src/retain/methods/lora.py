@@ -41,6 +41,9 @@ MODULES = "modules.json"
 """The names of several pairs in their order; PEFT keeps each but the first in a folder of its name."""
 
 
+DORA = "DoRA divides the sum of weight and product by its length"
+
+
 @dataclass(frozen=True)
 class LoRA(Tuner):
     """W + (alpha / r) B A, where only A (r, in) and B (out, r) are trained; B starts at zero.
@@ -78,6 +81,8 @@ class LoRA(Tuner):
             raise ValueError('init: "pissa" takes a part out of the weight whose magnitude DoRA learns; use "zero"')
         if self.init == "pissa":  # its pair starts as a part of the base: no further one could
             object.__setattr__(self, "can_extend", False)
+        if self.use_dora:
+            object.__setattr__(self, "no_products", DORA)
 
     def supports(self, family: Family) -> str | None:
         """Every family that learns by gradients."""
@@ -175,7 +180,7 @@ class LoRA(Tuner):
         found = places(model)
         if any(any(layer.use_dora.values()) for _, _, layer in found):
             raise CompatibilityError(
-                "DoRA's change of a weight is no product of two factors: it divides by the length of the sum",
+                f"a change of a weight is no product of two factors: {DORA}",
                 hint="use `space: parameters` with EWC, or set `method.use_dora: false`",
             )
         return [

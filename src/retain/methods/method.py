@@ -24,6 +24,7 @@ class Method(Protocol):
     packs: ClassVar[bool]  # may packed documents share a row? (soft prompts leak between them)
     can_detach: ClassVar[bool]  # is the base's own behaviour still there, without a second model?
     can_extend: ClassVar[bool]  # may there be several modules beside the frozen base?
+    no_products: ClassVar[str]  # why its changes, which seem to be products of two factors, are none; else empty
 
     def supports(self, family: Family) -> str | None:
         """Why this method cannot tune the family, or None."""

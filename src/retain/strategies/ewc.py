@@ -23,7 +23,7 @@ from retain.kernels.importance import diagonal_fisher
 from retain.kernels.low_rank import LowRank, add_low_rank_penalty, only_moving
 from retain.kernels.quadratic import Pull, add_penalty, merged, normalised, placed, step_toward, weights_of
 from retain.parameters import trainable
-from retain.strategies.strategy import State, Strategy, TaskView
+from retain.strategies.strategy import State, Strategy, TaskMethod, TaskView
 
 __all__ = ["EWC"]
 
@@ -88,6 +88,12 @@ class EWC(Strategy):
     def moves_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """In the proximal form."""
         return self.update == "proximal"
+
+    def supports(self, method: TaskMethod) -> str | None:
+        """All methods; in the space of weights none whose changes are more than products of two factors."""
+        if self.space == "weights" and method.no_products:
+            return f"with `space: weights` a change must be a product of two factors: {method.no_products}"
+        return None
 
     def add_penalty(self, model: nn.Module) -> Tensor | None:
         """Add strength * F * (theta - anchor) to the gradients; in the proximal form only tell the penalty."""

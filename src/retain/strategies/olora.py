@@ -55,7 +55,7 @@ class OLoRA(Strategy):
     def supports(self, method: TaskMethod) -> str | None:
         """LoRA, where it may have several pairs."""
         if method.name == "lora" and method.can_extend:
-            return None
+            return f"its subspaces are those of a product: {method.no_products}" if method.no_products else None
         return f"its subspaces are those of LoRA's factors, and method {method.name!r} keeps no pair of them a task"
 
     def bind(self, method: TaskMethod, *, learned: Sequence[str] = ()) -> None:
