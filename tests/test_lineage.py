@@ -273,6 +273,8 @@ def test_the_record_is_of_the_line(lineage: Lineage):
     assert (record.method, record.strategy) == ("lora", "replay, then ewc")
     assert (record.tasks, record.notes) == (("banking", "legal"), ("4 bits",))
     assert record.stages == (record_of(0, "base"), record_of(1, "banking"), record_of(2, "legal"))
+    lineage.save_config("title: 'Desk: both'\nmodel: x\n")
+    assert lineage.record().title == "Desk: both", "the recipe's"
     lineage.rollback(1)
     assert (lineage.record().tasks, lineage.record().strategy) == (("banking",), "replay")
 

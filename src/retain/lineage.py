@@ -30,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
+import yaml
+
 from retain.errors import LineageError
 from retain.storage.documents import reading
 from retain.storage.files import disk_errors, sync, sync_tree, write_text
@@ -153,6 +155,12 @@ class Lineage:
             return (self.path / "config.yaml").read_text(encoding="utf-8")
 
     @property
+    def title(self) -> str:
+        """Of its report: the recipe's, else the folder's name."""
+        recipe = yaml.safe_load(self.config)
+        return (recipe.get("title") if isinstance(recipe, dict) else "") or self.path.resolve().name
+
+    @property
     def stages(self) -> tuple[StageInfo, ...]:
         """Every committed stage by number, on the line or off it."""
         return self._ledger.stages
@@ -223,7 +231,7 @@ class Lineage:
             return ", then ".join(dict.fromkeys(s.provenance[key] for s in stages if s.provenance.get(key)))
 
         return Record(
-            title=self.path.resolve().name,
+            title=self.title,
             model=self.base.name,
             method=spoken("method"),
             strategy=spoken("strategy"),

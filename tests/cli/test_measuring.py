@@ -62,6 +62,8 @@ def test_compare(retain: Retain, lineage: Path, trained: Path, tmp_path: Path) -
     assert result.code == 0
     assert "A  " in result.out
     assert "B  " in result.out
+    assert f"A  {lineage.name}" in result.out
+    assert "B  out" in result.out, "their folders tell lineages of one recipe apart"
     assert (tmp_path / "both.html").exists()
 
 

@@ -1,5 +1,6 @@
 """`evaluate`, `report`, `compare`, `chat`: looking at what was learned and lost."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,8 @@ def compare(
     from retain.report import write_report
     from retain.report.tables import print_summary
 
-    records = [Lineage.open(path).record() for path in lineages]
+    # One recipe may have made several lineages: their folders tell them apart.
+    records = [replace(Lineage.open(path).record(), title=path.resolve().name) for path in lineages]
     path = write_report(records, to)
     print_summary(out, records)
     say(f"report: {path}")

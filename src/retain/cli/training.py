@@ -114,7 +114,7 @@ def demo(
     records = [lineage.record() for lineage in lineages]
     path = write_report(records, folder / "report.html")
     if as_json:
-        print_json({record.title: stages(record) for record in records})
+        print_json({lineage.path.name: stages(lineage.record()) for lineage in lineages})
         return
     print_summary(out, records)
     say(f"report: {path}")
