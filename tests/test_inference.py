@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from retain import distributed
 from retain.config import load_config
 from retain.errors import LineageError, ModelError
 from retain.inference import answer, base_source, load_for_answering, load_renderer, load_stage, rows_to_score, score
 from retain.lineage import Lineage
 from retain.models.decoder import DecoderFamily
 from retain.models.recurrent import RecurrentFamily
-from retain.run import train
+from retain.parameters import trainable
+from retain.run import load_tasks, train
 from retain.types import Message
 
 Recipe = Callable[..., Path]
@@ -22,6 +24,10 @@ QUICK: dict[str, Any] = {"evaluation": {"probes": False, "kl": False}, "protect_
 
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def moving(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainable(model).values()])
 
 
 def test_the_stages_of_a_lineage(write_recipe: Recipe, tiny_model: Path) -> None:
@@ -37,13 +43,29 @@ def test_the_stages_of_a_lineage(write_recipe: Recipe, tiny_model: Path) -> None
     for target in (base, first, head):
         assert not target.model.training
     lineage.rollback(1)
-    assert torch.equal(weights(load_for_answering(str(lineage.path)).model), weights(first.model))
-    assert torch.equal(weights(load_for_answering(str(lineage.path), stage=2).model), weights(head.model))
+    assert torch.equal(moving(load_for_answering(str(lineage.path)).model), moving(first.model))
+    assert torch.equal(moving(load_for_answering(str(lineage.path), stage=2).model), moving(head.model))
     with pytest.raises(LineageError, match="9"):
         load_stage(lineage, 9)
     source = base_source(lineage, config)
     assert (source.name, source.folder) == (str(tiny_model), tiny_model)
     assert load_renderer(str(lineage.path))[1].tokenizer("a")["input_ids"] == head.renderer.tokenizer("a")["input_ids"]
+
+
+@pytest.mark.parametrize(("precision", "frozen"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_what_answers_has_the_precision_that_it_was_scored_in(
+    write_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str, frozen: torch.dtype
+) -> None:
+    monkeypatch.setattr(distributed, "resolve_precision", lambda name: precision)
+    lineage = train(load_config(write_recipe(method={"name": "lora", "r": 2}, **QUICK)).config)
+    target = load_for_answering(str(lineage.path))
+    types = {parameter.requires_grad: parameter.dtype for parameter in target.model.parameters()}
+    assert types == {False: frozen, True: torch.float32}
+    again = score(target, load_tasks(load_stage(lineage)[1]), probes=False)
+    recorded = lineage.load_stage(lineage.head).scores
+    assert {name: found.value for name, found in again.scores.items()} == {
+        name: recorded[name].value for name in again.scores
+    }
 
 
 def test_a_lineage_that_started_from_nothing(write_recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from retain import distributed
@@ -16,6 +17,7 @@ from retain.lineage import Lineage
 from retain.memory import take_memory
 from retain.models.family import Family, pretrained
 from retain.models.source import Source, open_source
+from retain.parameters import cast_frozen
 from retain.strategies.strategy import Strategy
 from retain.task_view import BoundTask
 from retain.types import Example, Message, Sampling, Task
@@ -113,7 +115,7 @@ def load_stage(lineage: Lineage, stage: int | None = None) -> tuple[Answering, R
 
 
 def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
-    """A lineage's stage, or any model.
+    """A lineage's stage, its frozen weights in the precision in which they were trained on, or any model.
 
     Args:
         target: a lineage's folder, or a model as `models.hub.resolve` takes it.
@@ -124,7 +126,10 @@ def load_for_answering(target: str, *, stage: int | None = None) -> Answering:
     """
     path = Path(target).expanduser()
     if (path / "lineage.json").exists():
-        return load_stage(Lineage.open(path), stage)[0]
+        found = load_stage(Lineage.open(path), stage)[0]
+        if distributed.resolve_precision("auto") == "bf16":
+            cast_frozen(found.model, torch.bfloat16)  # else each pass would cast all of them again
+        return found
     source = open_source(target)
     model, renderer = load_base(source)
     model = source.family.equip(model, renderer, (), seed=0)
