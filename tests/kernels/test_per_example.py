@@ -1,5 +1,6 @@
 """Squared per-example gradients against a loop that knows nothing of batches, in float64."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from retain.errors import CompatibilityError
-from retain.kernels.per_example import Sums, absolute_gradients, one_by_one, squared_gradients, zero_sums
+from retain.kernels.per_example import Engine, Sums, absolute_gradients, one_by_one, squared_gradients, zero_sums
 from retain.models.head import run_to_head
 from retain.types import IGNORED, Batch, Example
 
@@ -392,6 +393,22 @@ def test_forward_is_given_back() -> None:
     model = Own(Scale()).double().eval()
     squared_gradients(model, padded(DOCUMENTS), nll_of(model), engine="func")
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("engine", ["hooks", "func", "loop"])
+def test_nothing_of_a_pass_stays_in_memory(engine: Engine) -> None:
+    """A graph whose hooks hold its own inputs is a circle that Python's collector does not see."""
+    model = tied_llama().double().eval()
+
+    def num_tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
+
+    totals = squared_gradients(model, padded(DOCUMENTS), head_at_targets(model), engine=engine).values
+    before = num_tensors()
+    for _ in range(2):
+        squared_gradients(model, padded(DOCUMENTS), head_at_targets(model), engine=engine, into=totals)
+    assert num_tensors() == before
 
 
 def test_a_linear_gaussian_model_has_the_closed_form() -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.hooks import RemovableHandle
 
 from retain.kernels.parameter_uses import Layout, ParameterUses, Source, Use
 
@@ -169,6 +170,7 @@ class ModuleUses:
     def __init__(self, uses: ParameterUses, modules: Collection[nn.Module]) -> None:
         self.uses, self.modules = uses, modules
         self.calls: list[Call] = []
+        self.handles: list[RemovableHandle] = []
 
     @contextmanager
     def active(self) -> Generator[None]:
@@ -211,12 +213,14 @@ class ModuleUses:
             self.uses.uses.setdefault(source.name, []).append(call.uses[name])
         self.calls.append(call)
 
+        plain = [value.detach() for value in outputs]
+
         def receive(gradients: Sequence[Tensor | None]) -> None:
-            pairs = zip(gradients, outputs, strict=True)
+            pairs = zip(gradients, plain, strict=True)
             call.gradients = [torch.zeros_like(o) if g is None else g.detach() for g, o in pairs]
 
         if any(value.requires_grad for value in outputs):
-            torch.autograd.graph.register_multi_grad_hook(outputs, receive)
+            self.handles.append(torch.autograd.graph.register_multi_grad_hook(outputs, receive))
         return output
 
     def finish(self) -> None:
@@ -224,6 +228,11 @@ class ModuleUses:
         for call in self.calls:
             for name, use in call.uses.items():
                 use.whole = partial(call.of, name)
+
+    def forget(self) -> None:
+        """Let go of the graph, whose hooks hold its nodes."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def fixed(value: Any) -> Any:

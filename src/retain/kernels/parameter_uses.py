@@ -280,6 +280,15 @@ class ParameterUses(TorchFunctionMode):
                 self.complete(reached)
         self.uses.clear()
 
+    def forget(self) -> None:
+        """Let go of what was recorded.
+
+        Hooks of the graph hold this object, which holds inputs, which hold the graph: a circle that no collector sees.
+        """
+        self.uses.clear()
+        self.inputs.clear()
+        self.sources.clear()
+
 
 def is_vector(value: Tensor) -> bool:
     """Has it one entry for every entry of its last dimension?"""

@@ -244,18 +244,20 @@ def add_in_one_pass(
 
     uses = ParameterUses(parameters, batch, complete, RULES)
     modules = ModuleUses(uses, apart)
-    with modules.active(), uses:
-        total = value(batch).sum()
-    if missed := uses.missed(total):
-        return missed, {module for name in missed for module in uses.strangers[name]}
-    if not total.requires_grad:
-        return set(), set()
     try:
-        total.backward()
-        modules.finish()
-        uses.finish()
+        with modules.active(), uses:
+            total = value(batch).sum()
+        if missed := uses.missed(total):
+            return missed, {module for name in missed for module in uses.strangers[name]}
+        if total.requires_grad:
+            total.backward()
+            modules.finish()
+            uses.finish()
     except UnknownModuleError as error:
         return {str(error)}, set()
+    finally:
+        uses.forget()
+        modules.forget()
     if apart:
         for name, value_of_pass in sums.items():
             totals[name] += value_of_pass
