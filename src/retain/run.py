@@ -70,6 +70,7 @@ def train(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     source = open_source(config.model.name, config.model.family, trust_remote_code=config.model.trust_remote_code)
+    source.check_learns()
     check_compatibility(config, source.family)
     tasks = load_tasks(config)
     lineage = start_lineage(config, source)

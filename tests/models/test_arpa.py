@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retain.errors import ModelError
-from retain.models.arpa import read_arpa, write_arpa
+from retain.models.arpa import NEVER, as_words, read_arpa, read_words, write_arpa
 from retain.models.backoff import BackoffModel, windows
 from retain.models.kneser_ney import estimate, tally
 
@@ -25,7 +25,7 @@ def test_round_trip(order: int, tmp_path: Path):
     model, rows = made(order)
     write_arpa(model, TOKENS, tmp_path / "a.arpa", end="END")
     again, tokens = read_arpa(tmp_path / "a.arpa")
-    assert tokens == ["</s>", *TOKENS[1:]]
+    assert tokens == as_words(TOKENS, end="END")
     assert (again.order, again.vocab_size) == (order, len(TOKENS))
     grams = np.concatenate([
         windows(rows, order, begin=len(TOKENS)), np.random.default_rng(1).integers(0, len(TOKENS), (99, order))
@@ -63,20 +63,52 @@ def test_another_tools_file(tmp_path: Path):
     np.testing.assert_allclose(found, [-0.1, -1.2, -0.55])
 
 
+HEAD = "\\data\\\nngram 1=2\nngram 2=1\n\\1-grams:\n-1 a\n-1 b\n\\2-grams:\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hello\n", "no ARPA file"),
-        ("\\1-grams:\n-1 a b c\n", "line 2"),
-        ("\\1-grams:\nx a\n", "line 2"),
-        ("\\1-grams:\n-1 a\n\\2-grams:\n-1 a c\n", "'c'"),
-        ("\\1-grams:\n-1 a\n\\2-grams:\n-1 a a\n\\3-grams:\n-1 a a a\n-1 a b a\n", "'b'"),
+        ("hello\n", r"line 1: the file ends, and has no `\\data"),
+        ("", "line 0"),
+        ("\\data\\\nngram 2=1\n", "line 2: expected the number of 1-grams"),
+        ("\\data\\\n\\end\\\n", "line 2"),
+        (HEAD, "line 7: the file ends before"),
+        (HEAD + "-1 a b\n", "line 8: the file ends before"),
+        (HEAD + "-1 a b c d\n", "line 8: expected 3 or 4 fields, got 5"),
+        (HEAD + "x a b\n", "line 8"),
+        (HEAD + "nan a b\n", "line 8"),
+        (HEAD + "0.5 a b\n", "line 8"),
+        (HEAD + "\\end\\\n", "line 8: 0 2-grams end here, and 1 are announced"),
+        (HEAD + "-1 a b\n-1 b a\n\\end\\\n", "line 10: 2 2-grams end here, and 1 are announced"),
+        (HEAD + "-1 a b\n\\3-grams:\n", "line 9"),
+        (HEAD + "-1 a c\n\\end\\\n", "'c'"),
+        (HEAD + "-1 a <s>\n\\end\\\n", "end with <s>"),
+        (HEAD.replace("2=1", "2=2") + "-1 a b\n-1 a b\n\\end\\\n", "twice"),
+        (HEAD.replace("-1 b", "-1 a") + "-1 a a\n\\end\\\n", "twice"),
+        (HEAD.replace("2=1", "2=1\nngram 3=1") + "-1 a a\n\\3-grams:\n-1 a b a\n\\end\\\n", "no 2-gram"),
+        (HEAD.replace("2=1", "2=0\nngram 3=1") + "\\3-grams:\n-1 a b a\n\\end\\\n", "no 2-gram"),
     ],
 )
 def test_a_file_that_is_not_right_says_where(text: str, message: str, tmp_path: Path):
     (tmp_path / "a.arpa").write_text(text)
     with pytest.raises(ModelError, match=message):
         read_arpa(tmp_path / "a.arpa")
+
+
+def test_what_is_not_text_is_said(tmp_path: Path):
+    (tmp_path / "a.arpa").write_bytes(b"\x1f\x8b\xff\xfe")
+    with pytest.raises(ModelError, match="utf-8"):
+        read_arpa(tmp_path / "a.arpa")
+
+
+def test_unknown_words_can_be_kept(tmp_path: Path):
+    (tmp_path / "a.arpa").write_text(HEAD + "-0.5 a b\n\\end\\\n")
+    model, words = read_arpa(tmp_path / "a.arpa", unknown=True)
+    assert words == ["a", "b", "<unk>"]
+    assert read_words(tmp_path / "a.arpa") == words[:2]
+    found = model.score(np.array([[0, 1], [0, 2], [2, 1]])) / math.log(10)
+    np.testing.assert_allclose(found, [-0.5, NEVER, -1])
 
 
 @pytest.mark.slow

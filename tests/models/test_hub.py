@@ -252,3 +252,14 @@ def test_gemma_keeps_its_two_kinds_of_attention():
     assert config.sliding_window == 512
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1_000_000
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
+
+
+def test_an_arpa_file_becomes_a_folder_once(tmp_path: Path, cache: Path):
+    with pytest.raises(ModelError, match="no file"):
+        resolve(str(tmp_path / "a.arpa"), cache_dir=cache)
+    (tmp_path / "a.arpa").write_text("\\data\\\nngram 1=2\n\n\\1-grams:\n-0.3\ta\n-0.3\t</s>\n\n\\end\\\n")
+    model = resolve(str(tmp_path / "a.arpa"), cache_dir=cache)
+    assert model == resolve(str(tmp_path / "a.arpa"), cache_dir=cache)
+    assert model.revision.startswith("sha256:")
+    assert json.loads((model.folder / "config.json").read_text())["model_type"] == "retain-ngram"
+    assert any("<unk>" in note for note in model.notes)

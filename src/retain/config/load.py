@@ -143,7 +143,7 @@ def make_model(given: Any, problems: list[str]) -> ModelConfig | None:
     """Which model: a name, or a name and the family's own fields."""
     if not isinstance(given, dict):
         said = "missing" if given is None else f"got {shown(given)}"
-        problems.append(f"$.model: {said}; expected a folder, a GGUF file, an offline model or a hub id")
+        problems.append(f"$.model: {said}; expected a folder, a GGUF or ARPA file, an offline model or a hub id")
         return None
     options = cast("dict[str, Any]", given)
     own = {field.name for field in fields(ModelConfig)}

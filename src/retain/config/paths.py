@@ -26,7 +26,7 @@ def is_local(text: str, root: Path) -> bool:
     name, _ = cut(text, root)
     return (
         name.startswith(("./", "../", "/", "~", ".\\", "..\\"))
-        or Path(name).suffix.lower() in (*READERS, ".gguf")
+        or Path(name).suffix.lower() in (*READERS, ".arpa", ".gguf")
         or (root / name).exists()
     )
 

@@ -27,7 +27,7 @@ class ModelConfig:
     """Which model is tuned.
 
     Args:
-        name: a folder, a GGUF file, an offline model or a hub id; empty where the family starts from nothing.
+        name: a folder, a GGUF or ARPA file, an offline model or a hub id; empty where the family starts from nothing.
         family: what network it is; None finds out.
         template: how conversations are rendered: `auto` (the model's own chat template, else ours), `plain`, or the
             text of a Jinja template.

@@ -15,7 +15,7 @@ from typing import Any
 from retain.errors import ModelError
 from retain.models.cache import write_once
 
-__all__ = ["conversion_notes", "converted", "is_converted"]
+__all__ = ["RECORD", "conversion_notes", "converted", "is_converted"]
 
 log = logging.getLogger("retain")
 

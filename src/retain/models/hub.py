@@ -1,7 +1,8 @@
 """Where a model comes from: a name becomes a plain `transformers` folder on this machine.
 
-A name is, in this order: a folder with a config.json; a path to a .gguf file; a name in `MODELS`; a hub id `owner/name`
-or `owner/name@revision`. Only safetensors and JSON are read: never a pickle, and no remote code unless asked.
+A name is, in this order: a folder with a config.json; a path to a .gguf or .arpa file; a name in `MODELS`; a hub id
+`owner/name` or `owner/name@revision`. Of these only safetensors and JSON are read: never a pickle, and no remote code
+unless asked.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.errors import ModelError
+from retain.models.arpa_folder import arpa_files, from_arpa
 from retain.models.cache import cache_folder, digest
 from retain.models.gguf import conversion_notes, converted, is_converted
 
@@ -108,7 +110,7 @@ def resolve(name: str, *, cache_dir: Path | None = None, trust_remote_code: bool
     """Find the model, fetch or convert it where needed, and see that it can be read safely.
 
     Args:
-        name: a folder, a .gguf file, a name in `MODELS`, or a hub id.
+        name: a folder, a .gguf or .arpa file, a name in `MODELS`, or a hub id.
         cache_dir: where conversions are kept; else $RETAIN_CACHE, else ~/.cache/retain.
         trust_remote_code: let Python code that comes with the model run.
 
@@ -160,10 +162,12 @@ def _find(name: str, cache: Path, *, trust_remote_code: bool) -> ResolvedModel:
     path = Path(name).expanduser()
     if (path / "config.json").is_file() or (path.is_dir() and name not in MODELS):
         return ResolvedModel(name, path.resolve(), "")
-    if path.suffix == ".gguf":
+    if path.suffix in CONVERTED:
         if not path.is_file():
-            raise ModelError(f"no file {name!r}", hint="give the path of a .gguf file, or another name of a model")
-        return _from_gguf(name, path.resolve(), cache)
+            raise ModelError(
+                f"no file {name!r}", hint=f"give the path of a {path.suffix} file, or another name of a model"
+            )
+        return CONVERTED[path.suffix](name, path.resolve(), cache)
     if name in MODELS:
         return replace(_from_packages(name, MODELS[name], cache), notice=MODELS[name].notice)
     if match := HUB_ID.fullmatch(name):
@@ -175,6 +179,16 @@ def _from_gguf(name: str, path: Path, cache: Path) -> ResolvedModel:
     sha256 = digest([path], cache)
     folder = converted(path.stem, [path], sha256, cache)
     return ResolvedModel(name, folder, f"sha256:{sha256}", conversion_notes(folder))
+
+
+def _from_arpa(name: str, path: Path, cache: Path) -> ResolvedModel:
+    sha256 = digest(arpa_files(path), cache)
+    folder = from_arpa(path, sha256, cache)
+    return ResolvedModel(name, folder, f"sha256:{sha256}", conversion_notes(folder))
+
+
+CONVERTED = {".arpa": _from_arpa, ".gguf": _from_gguf}
+"""How a file of each kind becomes a folder."""
 
 
 def _from_packages(name: str, offline: OfflineModel, cache: Path) -> ResolvedModel:
@@ -260,7 +274,8 @@ def _not_found(name: str, reason: str = "") -> ModelError:
     return ModelError(
         f"no model {name!r}",
         problems=problems,
-        hint=f"{way} a folder with a config.json, a .gguf file, or a hub id `owner/name` with the hub in reach",
+        hint=f"{way} a folder with a config.json, a .gguf or .arpa file, or a hub id `owner/name` "
+        "with the hub in reach",
     )
 
 

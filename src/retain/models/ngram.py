@@ -35,7 +35,8 @@ class NGramFamily(CausalFamily):
 
     They have no gradients and nothing is forgotten: new counts are added to old ones, so tasks learned one after
     another give the same model as all of them at once. A row is counted whole, however long it is, and once, whatever
-    `num_train_epochs` says. The fields say how a model that starts from nothing is made.
+    `num_train_epochs` says. A model whose probabilities an ARPA file gives can be asked all that others are, and learns
+    nothing. The fields say how a model that starts from nothing is made.
 
     Args:
         order: words of the longest n-gram.
@@ -105,15 +106,16 @@ class NGramFamily(CausalFamily):
         self, model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[float]:
         """Log p(continuation | context) in nats; the context begins a text."""
-        words, begin = _network(model).words, _network(model).config.vocab_size
+        order, begin = _network(model).config.order, _network(model).config.vocab_size
+        probabilities = _network(model).words.model
         result: list[float] = []
         for group in _groups([len(context) + len(rest) for context, rest in pairs]):
             rows = [pairs[i][0] + pairs[i][1] for i in group]
-            grams = windows(rows, words.order, begin=begin)
+            grams = windows(rows, order, begin=begin)
             owners = np.repeat(np.arange(len(group)), [len(row) for row in rows])
             starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
             counted = np.arange(len(grams)) - starts[owners] >= np.array([len(pairs[i][0]) for i in group])[owners]
-            scores = words.model.score(grams[counted])
+            scores = probabilities.score(grams[counted])
             result += np.bincount(owners[counted], scores, minlength=len(group)).tolist()
         return result
 
@@ -148,6 +150,9 @@ class NGramFamily(CausalFamily):
         A token is counted after its context where it is trained at all: weights above 0 count alike. Of raw text the
         first token is counted, too, as what begins a text. A conversation whose answer is short is also counted as a
         text, its prompt, of a class, its answer.
+
+        Raises:
+            CompatibilityError: the model's probabilities are given by an ARPA file.
         """
         network = _network(model)
         begin = network.config.vocab_size

@@ -2,7 +2,8 @@
 
     logits_t = log p(. | x_{t-order+2} .. x_t),  interpolated modified Kneser-Ney of the counts so far
 
-It has no parameters. Its counts are buffers; the probabilities are estimated when they are first asked for. Importing
+It has no parameters. Its counts are buffers; the probabilities are estimated when they are first asked for. Where they
+are given instead, by an ARPA file, they are the buffers, and nothing is counted. Importing
 this module lets `AutoConfig` and `AutoModelForCausalLM` load it.
 """
 
@@ -26,11 +27,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from retain.models.backoff import BackoffModel, Ids
+from retain.errors import CompatibilityError
+from retain.models.backoff import BackoffModel, Ids, Level
 from retain.models.kneser_ney import Tally, estimate, tally
-from retain.parameters import Counts
+from retain.parameters import Counts, device_of
 
-__all__ = ["ClassCounts", "NGramConfig", "NGramCounts", "NGramForCausalLM"]
+__all__ = ["ClassCounts", "GivenProbabilities", "NGramConfig", "NGramCounts", "NGramForCausalLM"]
 
 
 class NGramConfig(PretrainedConfig):
@@ -39,13 +41,15 @@ class NGramConfig(PretrainedConfig):
     Args:
         vocab_size: tokens.
         order: words of the longest n-gram; the context is one less.
+        given: are its probabilities given, instead of estimated from counts?
     """
 
     model_type = "retain-ngram"
 
-    def __init__(self, vocab_size: int = 4096, order: int = 4, **options: Any) -> None:
+    def __init__(self, vocab_size: int = 4096, order: int = 4, given: bool = False, **options: Any) -> None:
         self.vocab_size = vocab_size
         self.order = order
+        self.given = given
         super().__init__(**options)
 
 
@@ -149,6 +153,54 @@ class ClassCounts(NGramCounts):
         return np.concatenate([grams[:, :-1], symbols[:, None], grams[:, -1:]], axis=1)
 
 
+class GivenProbabilities(Counts):
+    """The tables of a back-off model as buffers, in the place of counts; nothing can be counted on top of them.
+
+    Attributes:
+        sizes: (order,), int64, how many n-grams of each length there are.
+        keys, log_probs, backoffs: (n,), those of all lengths one after another, as in `backoff.Level`.
+    """
+
+    sizes: Tensor
+    keys: Tensor
+    log_probs: Tensor
+    backoffs: Tensor
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        for name in ("sizes", "keys"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64))
+        for name in ("log_probs", "backoffs"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    @property
+    def model(self) -> BackoffModel:
+        """The probabilities as they were given."""
+        sizes: list[int] = self.sizes.tolist()
+        tables = [table.cpu().split(sizes) for table in (self.keys, self.log_probs, self.backoffs)]
+        levels = [Level(*(part.numpy() for part in parts)) for parts in zip(*tables, strict=True)]
+        return BackoffModel(self.vocab_size, tuple(levels))
+
+    def take(self, model: BackoffModel) -> None:
+        """Hold this model's tables."""
+        self.sizes = torch.tensor([len(level.keys) for level in model.levels])
+        self.keys = torch.from_numpy(np.concatenate([level.keys for level in model.levels]))
+        self.log_probs = torch.from_numpy(np.concatenate([level.log_probs for level in model.levels]))
+        self.backoffs = torch.from_numpy(np.concatenate([level.backoffs for level in model.levels]))
+
+    def add(self, new: Tally) -> None:
+        """Refuse to count.
+
+        Raises:
+            CompatibilityError: always.
+        """
+        raise CompatibilityError(
+            f"{len(new.counts)} n-grams cannot be counted on top of probabilities that an ARPA file gives",
+            hint="start from the rows that the file was made of: `model: {family: ngram}`",
+        )
+
+
 class NGramForCausalLM(PreTrainedModel, GenerationMixin):
     """Counts of n-grams, and the next token's distribution that they make."""
 
@@ -158,7 +210,8 @@ class NGramForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NGramConfig) -> None:
         super().__init__(config)
-        self.words = NGramCounts(config.order, config.vocab_size)
+        vocab_size = config.vocab_size
+        self.words = GivenProbabilities(vocab_size) if config.given else NGramCounts(config.order, vocab_size)
         self.labels = ClassCounts(config.order, config.vocab_size)
         self.post_init()
 
@@ -180,7 +233,7 @@ class NGramForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where the counts are."""
-        return self.words.counts.device
+        return device_of(self)
 
     def contexts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(rows, time, order - 1): at each position the last tokens up to it; what lies before a text is `vocab_size`.

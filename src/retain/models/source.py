@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from retain.errors import ModelError
+from retain.errors import CompatibilityError, ModelError
 from retain.models import FAMILIES
 from retain.models.decoder import DecoderFamily
 from retain.models.encoder import EncoderFamily, is_encoder
@@ -36,6 +36,7 @@ class Source:
         notes: what a reader of its scores must know.
         notice: what its licence asks to be shown beside it and what is tuned from it.
         trust_remote_code: may its own Python code be run?
+        learns: False where an ARPA file gives its probabilities, on top of which nothing can be counted.
     """
 
     family: Family
@@ -45,6 +46,21 @@ class Source:
     notes: tuple[str, ...] = ()
     notice: str = ""
     trust_remote_code: bool = False
+    learns: bool = True
+
+    def check_learns(self) -> None:
+        """Refuse to train a model that only answers.
+
+        Raises:
+            CompatibilityError: the model does not learn.
+        """
+        if not self.learns:
+            raise CompatibilityError(
+                f"model {self.name!r} cannot learn a task",
+                problems=["it has an ARPA file's probabilities, and an n-gram model learns by adding to its counts"],
+                hint="`retain evaluate` and `retain chat` take it as it is; to learn, start from the rows that it was "
+                "made of: `model: {family: ngram}`, those rows as the first task",
+            )
 
     @property
     def hash(self) -> str:
@@ -97,8 +113,9 @@ def open_source(
             hint="name the family in the recipe if you know better: `model: {name: ..., family: decoder}`",
         )
     return Source(
-        family or found(), name, resolved.folder, resolved.revision, resolved.notes, resolved.notice, trust_remote_code
-    )
+        family or found(), name, resolved.folder, resolved.revision, resolved.notes, resolved.notice, trust_remote_code,
+        learns=not config.get("given", False),
+    )  # fmt: skip
 
 
 def family_of(config: Mapping[str, Any]) -> type[Family] | None:
