@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from retain import distributed
 from retain.config import load_config
 from retain.data.rendering import Renderer
 from retain.errors import CompatibilityError
@@ -93,6 +94,7 @@ def test_a_denoiser_is_protected_by_what_it_fills_in(
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
         assert AutoTokenizer.from_pretrained(to).chat_template == target.renderer.chat_template
     asked = (Message("user", "name 3"),)
+    monkeypatch.setattr(distributed, "resolve_precision", lambda name: "fp32")  # in bf16 the frozen weights are rounded
     assert answer(load_for_answering(str(lineage.path)), asked) == answer(target, asked)
     tasks = [task for task in load_tasks(recipe) if task.name == "colour"]
     assert score(target, tasks, probes=False).scores["colour"].value == pytest.approx(last.scores["colour"].value)
