@@ -22,17 +22,14 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import torch
 from streams import INTENTS, Row, read, write
 
-from retain import distributed
 from retain.config import load_config
 from retain.config.recipe import write_recipe
 from retain.data.tasks import TaskConfig, load_task
 from retain.evaluation.statistics import Interval, interval, is_noise, paired_interval
-from retain.inference import load_stage, score
+from retain.inference import load_for_answering, score
 from retain.lineage import Lineage
-from retain.parameters import cast_frozen
 from retain.run import train
 
 RESULTS = Path(__file__).parent / "results"
@@ -212,9 +209,7 @@ def ask(lineage: Lineage, stage: int, files: Mapping[str, str]) -> tuple[Scores,
         ).task
         for name, file in files.items()
     ]  # fmt: skip
-    target, config = load_stage(lineage, stage)
-    if distributed.resolve_precision(config.train.precision) == "bf16":
-        cast_frozen(target.model, torch.bfloat16)  # as it was trained
+    target = load_for_answering(str(lineage.path), stage=stage)
     given = score(target, tasks, probes=False).answers
     scores: Scores = {name: {answer.id: answer.score for answer in given if answer.suite == name} for name in files}
     return scores, {answer.suite: answer.answer for answer in reversed(given)}

@@ -30,10 +30,10 @@ from retain.config.recipe import write_recipe
 from retain.data.tasks import TaskConfig, load_task
 from retain.evaluation.grading import exact_match
 from retain.evaluation.statistics import Interval, interval, paired_interval
-from retain.inference import load_stage, score
+from retain.inference import load_for_answering, load_stage, score
 from retain.lineage import Lineage
 from retain.models.hub import resolve
-from retain.parameters import cast_frozen, trainable
+from retain.parameters import trainable
 from retain.run import train
 from retain.types import Task
 
@@ -182,9 +182,7 @@ def ours(task: Row, name: str, settings: Row, path: Path) -> Row:
 
 def scored(lineage: Lineage, stage: int, task: Row) -> Scores:
     """The likeliest labels as the lineage recorded them, and what the loaded stage writes."""
-    target, config = load_stage(lineage, stage)
-    if distributed.resolve_precision(config.train.precision) == "bf16":
-        cast_frozen(target.model, torch.bfloat16)  # as it was trained
+    target = load_for_answering(str(lineage.path), stage=stage)
     asked = load_task(TaskConfig(name="written", train=task["train"], test=task["test"], **LABEL)).task
     given = {
         "accuracy": [answer for answer in lineage.load_stage(stage).answers if answer.suite == task["name"]],
